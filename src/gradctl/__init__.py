@@ -1,0 +1,1 @@
+"""Control, explain and prove what gradients do in a PyTorch program."""
