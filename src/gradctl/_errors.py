@@ -1,0 +1,75 @@
+"""The error tree.
+
+    GradctlError (RuntimeError)          everything that gradctl raises on purpose
+      BackwardRefused                    a gradient was asked for while gradients are switched off
+      SwitchFailed                       the process-wide switch could not be turned
+      TornStep                           a step's forward overlapped a turn of the switch (strict mode)
+      NonFiniteGradient                  a NaN or inf gradient, stopped before the update (on request)
+      UsageError (also ValueError)       the caller's mistake; the command line exits with 2
+        UnknownPolicyKey                 a key of the policy file that gradctl does not know
+        RunDirectoryError                a run directory that cannot be made, or holds no run
+        BadJournal                       a file that is not a journal
+"""
+
+from __future__ import annotations
+
+
+class GradctlError(RuntimeError):
+    """An error that says what, why and how to mend it.
+
+    Args:
+        headline: one line that names the offender.
+        what: what happened, one line.
+        why: the reason, one line.
+        fix: what to do, one line.
+    """
+
+    def __init__(
+        self, headline: str, *, what: str | None = None, why: str | None = None, fix: str | None = None
+    ) -> None:
+        lines = [headline]
+        lines += [f"  {label:<5} {text}" for label, text in (("what", what), ("why", why), ("fix", fix)) if text]
+        super().__init__("\n".join(lines))
+        self.headline = headline
+        self.what = what
+        self.why = why
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.headline, self.what, self.why, self.fix)
+
+
+def _rebuild(kind: type[GradctlError], headline: str, what: str | None, why: str | None, fix: str | None) -> object:
+    return kind(headline, what=what, why=why, fix=fix)
+
+
+class BackwardRefused(GradctlError):
+    """A gradient was asked for while gradients are switched off for the process."""
+
+
+class SwitchFailed(GradctlError):
+    """The process-wide switch could not be turned; nothing was changed."""
+
+
+class TornStep(GradctlError):
+    """A training step's forward overlapped a turn of the switch, so its gradients may be partial."""
+
+
+class NonFiniteGradient(GradctlError):
+    """A gradient is NaN or inf; raised before the update is applied, when asked for."""
+
+
+class UsageError(GradctlError, ValueError):
+    """The caller's mistake."""
+
+
+class UnknownPolicyKey(UsageError):
+    """A key of the policy file that gradctl does not know, or a value of the wrong type."""
+
+
+class RunDirectoryError(UsageError):
+    """A run directory that cannot be made, or that holds no run."""
+
+
+class BadJournal(UsageError):
+    """A file that is not a journal."""

@@ -1,0 +1,126 @@
+"""Every private torch name that gradctl uses, in one place.
+
+Each entry says where the name lives, in which versions it was seen, who needs it and what happens when it is gone.
+`get` returns it or raises; `probe` looks at all of them without raising (`gradctl env` shows the result).
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from gradctl._errors import GradctlError
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateName:
+    """A private torch name.
+
+    Args:
+        key: what we call it.
+        path: `module:attribute.attribute`.
+        seen: torch versions in which it was found and works.
+        needed_by: the part of gradctl that uses it.
+        without: what happens if it is gone.
+    """
+
+    key: str
+    path: str
+    seen: str
+    needed_by: str
+    without: str
+
+
+NAMES: tuple[PrivateName, ...] = (
+    PrivateName(
+        "execution_engine",
+        "torch.autograd:Variable._execution_engine",
+        "2.11-2.14",
+        "off, run",
+        "backward calls are neither refused nor recorded; off refuses to start",
+    ),
+    PrivateName(
+        "single_level_function",
+        "torch.autograd.function:_SingleLevelFunction",
+        "2.11-2.14",
+        "off",
+        "autograd.Function.apply records a graph while gradients are off",
+    ),
+    PrivateName(
+        "clip_with_norm",
+        "torch.nn.utils.clip_grad:_clip_grads_with_norm_",
+        "2.11-2.14",
+        "run",
+        "clipping is not recorded",
+    ),
+    PrivateName(
+        "scaler_maybe_step",
+        "torch.amp.grad_scaler:GradScaler._maybe_opt_step",
+        "2.11-2.14",
+        "run",
+        "steps that a GradScaler skipped are not recorded",
+    ),
+    PrivateName(
+        "optimizer_patch_step",
+        "torch.optim:Optimizer._patch_step_function",
+        "2.11-2.14",
+        "run",
+        "optimizers that never step are not seen",
+    ),
+    PrivateName(
+        "loader_iterator",
+        "torch.utils.data.dataloader:_BaseDataLoaderIter",
+        "2.11-2.14",
+        "run",
+        "time spent in the data loader is counted as forward",
+    ),
+    PrivateName(
+        "distributed_autograd",
+        "torch._C:_distributed_autograd",
+        "2.11-2.14",
+        "off, run",
+        "autograd over RPC is neither refused nor recorded",
+    ),
+)
+
+_BY_KEY = {entry.key: entry for entry in NAMES}
+
+
+def get(key: str) -> Any:
+    """Return the private torch object `key`.
+
+    Raises:
+        GradctlError: this torch does not have it.
+    """
+    entry = _BY_KEY[key]
+    try:
+        return _resolve(entry.path)
+    except (ImportError, AttributeError) as error:
+        raise GradctlError(
+            f"this torch has no {entry.path.replace(':', '.')}",
+            what=f"{entry.needed_by} needs it ({entry.without})",
+            why=f"a private name, seen in torch {entry.seen}; {error}",
+            fix="use a torch version that gradctl supports, or report it; `gradctl env` lists every such name",
+        ) from error
+
+
+def find(key: str) -> Any | None:
+    """Return the private torch object `key`, or None when this torch does not have it."""
+    try:
+        return _resolve(_BY_KEY[key].path)
+    except (ImportError, AttributeError):
+        return None
+
+
+def probe() -> dict[PrivateName, bool]:
+    """Look for every private name; imports torch, changes nothing."""
+    return {entry: find(entry.key) is not None for entry in NAMES}
+
+
+def _resolve(path: str) -> Any:
+    module, _, attributes = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for attribute in attributes.split("."):
+        found = getattr(found, attribute)
+    return found
