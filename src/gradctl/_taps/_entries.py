@@ -1,0 +1,102 @@
+"""The entry points: one line each, so that no name is intercepted twice."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradctl import _torch_private as private
+from gradctl._taps._tap import AttributeTap, EngineTap, Location, ParameterTap, StepTap
+
+
+def _at(*places: str) -> Callable[[], Sequence[Location]]:
+    """Return a function that finds `module:owner.attribute` for each place."""
+
+    def locate() -> list[Location]:
+        found: list[Location] = []
+        for place in places:
+            module, _, path = place.partition(":")
+            *owners, name = path.split(".")
+            owner: Any = importlib.import_module(module)
+            for step in owners:
+                owner = getattr(owner, step)
+            found.append((owner, name))
+        return found
+
+    return locate
+
+
+def _everywhere(place: str) -> Callable[[], Sequence[Location]]:
+    """Return a function that finds `module:name` and every loaded torch module that imported it by name."""
+    module, _, name = place.partition(":")
+
+    def locate() -> list[Location]:
+        value = getattr(importlib.import_module(module), name)
+        return [
+            (loaded, name)
+            for key, loaded in list(sys.modules.items())
+            if key.split(".")[0] == "torch" and vars(loaded).get(name) is value
+        ]
+
+    return locate
+
+
+def _rpc_backward() -> list[Location]:
+    owners = [private.find("distributed_autograd"), sys.modules.get("torch.distributed.autograd")]
+    return [(owner, "backward") for owner in owners if owner is not None and hasattr(owner, "backward")]
+
+
+engine = EngineTap(lambda: _at("torch.autograd:Variable._execution_engine")()[0])
+optimizer_step = StepTap()
+parameter_registered = ParameterTap()
+
+optimizer_created = AttributeTap("optimizer_created", _at("torch.optim:Optimizer._patch_step_function"))
+zero_grad = AttributeTap("zero_grad", _at("torch.optim:Optimizer.zero_grad"))
+clip = AttributeTap("clip", _at("torch.nn.utils.clip_grad:_clip_grads_with_norm_"))
+scaler_scale = AttributeTap("scaler_scale", _at("torch.amp.grad_scaler:GradScaler.scale"))
+scaler_step = AttributeTap("scaler_step", _at("torch.amp.grad_scaler:GradScaler._maybe_opt_step"))
+data_next = AttributeTap("data_next", _at("torch.utils.data.dataloader:_BaseDataLoaderIter.__next__"))
+function_apply = AttributeTap("function_apply", _at("torch.autograd.function:_SingleLevelFunction.apply"))
+retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
+compile = AttributeTap("compile", _at("torch:compile"))
+load_library = AttributeTap("load_library", _at("torch:ops.load_library"))
+jit_save = AttributeTap("jit_save", _at("torch.jit:save"))
+functorch_grad = AttributeTap("functorch_grad", _everywhere("torch._functorch.eager_transforms:grad_increment_nesting"))
+functorch_jvp = AttributeTap("functorch_jvp", _everywhere("torch._functorch.eager_transforms:jvp_increment_nesting"))
+dual_level = AttributeTap("dual_level", _everywhere("torch._functorch.predispatch:_enter_dual_level_impl"))
+functional_grad = AttributeTap("functional_grad", _at("torch.autograd.functional:_autograd_grad"))
+rpc_backward = AttributeTap("rpc_backward", _rpc_backward)
+saved_hooks_disabled = AttributeTap(
+    "saved_hooks_disabled", _at("torch._C._autograd:_saved_tensors_hooks_disable")
+)
+os_exit = AttributeTap("os_exit", _at("os:_exit"))
+process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
+popen = AttributeTap("popen", _at("subprocess:Popen.__init__"))
+
+ALL = (
+    engine,
+    optimizer_step,
+    parameter_registered,
+    optimizer_created,
+    zero_grad,
+    clip,
+    scaler_scale,
+    scaler_step,
+    data_next,
+    function_apply,
+    retain_grad,
+    compile,
+    load_library,
+    jit_save,
+    functorch_grad,
+    functorch_jvp,
+    dual_level,
+    functional_grad,
+    rpc_backward,
+    saved_hooks_disabled,
+    os_exit,
+    process_start,
+    popen,
+)
