@@ -306,10 +306,11 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Maxima:
-    """The largest gradient norm of each tensor over `c` measured steps that end before step `n + span`."""
+    """The largest gradient norm of each tensor over `c` measured steps among the steps `n` to `last`."""
 
     o: int
     n: int
+    last: int
     c: int
     g: tuple[float | None, ...]
 
@@ -629,7 +630,9 @@ class _Parser:
         )
 
     def mx(self, r: dict[str, Any]) -> None:
-        self._maxima.append(Maxima(_whole(r["o"]), _step(r["n"]), _whole(r.get("c", 1)), decode_norms(r["g"])))
+        first, count = _step(r["n"]), _step(r.get("c", 1))
+        last = max(_step(r.get("to", first + count - 1)), first)
+        self._maxima.append(Maxima(_whole(r["o"]), first, last, count, decode_norms(r["g"])))
 
     def row(self, r: dict[str, Any]) -> None:
         self._rows.append(
