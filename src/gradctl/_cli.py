@@ -1,0 +1,326 @@
+"""The verbs of the command line and their help texts; what they do is elsewhere, and loaded when a verb is used."""
+
+from __future__ import annotations
+
+import difflib
+import enum
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from gradctl import __version__
+from gradctl._errors import GradctlError, UsageError
+
+if TYPE_CHECKING:
+    from gradctl._journal import Run
+
+
+class ExitCode(enum.IntEnum):
+    """What the exit code of a verb means; `run` passes the script's own code through instead."""
+
+    CLEAN = 0
+    FINDINGS = 1
+    USAGE = 2
+    FAULT = 3
+    NO_VERDICT = 4
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and end the process with its exit code."""
+    try:
+        code: object = gradctl.main(args=arguments, prog_name="gradctl", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except GradctlError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(ExitCode.USAGE if isinstance(error, UsageError) else ExitCode.FAULT)
+    except click.Abort:
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader left (`gradctl report RUN | head`): end as any other program in a pipe does, without a word.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception:
+        traceback.print_exc()
+        print("gradctl failed by a fault of its own (above); the script, if one ran, is not to blame.", file=sys.stderr)
+        sys.exit(ExitCode.FAULT)
+    sys.exit(code if isinstance(code, int) else ExitCode.CLEAN)
+
+
+class _Verbs(click.Group):
+    """A group that says what was meant when a verb is not known."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if self.get_command(ctx, word) is None and not word.startswith("-"):
+            near = difflib.get_close_matches(word, self.list_commands(ctx), n=2, cutoff=0.5)
+            if word.endswith(".py") or os.path.isfile(word):
+                hint = f" Did you mean `gradctl run {word}`?"
+            elif near:
+                hint = f" Did you mean {' or '.join(f'`{verb}`' for verb in near)}?"
+            else:
+                hint = f" There are: {', '.join(self.list_commands(ctx))}."
+            ctx.fail(f"No such verb '{word}'.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+class _RunCommand(click.Command):
+    """Takes its own options up to SCRIPT, -m or -c and leaves everything from there on untouched.
+
+    Options of the interpreter (-O, -u, -W ignore, -X dev ...) may stand among ours and are handed to it.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ours, command = split_run_arguments(args, value_options=self._value_options())
+        return super().parse_args(ctx, [*ours, "--", *command])
+
+    def _value_options(self) -> frozenset[str]:
+        options = (param for param in self.params if isinstance(param, click.Option) and not param.is_flag)
+        return frozenset(name for option in options for name in option.opts)
+
+
+_INTERPRETER_FLAGS = frozenset("bBdiOPRsuvx")
+_INTERPRETER_VALUES = frozenset("WX")
+_INTERPRETER_TARGETS = frozenset("cm")
+_UNSEEN_FLAGS = {
+    "E": "it ignores PYTHONPATH, the way by which gradctl reaches the script",
+    "I": "it ignores PYTHONPATH, the way by which gradctl reaches the script",
+    "S": "it leaves out `site`, the way by which gradctl reaches the script",
+}
+
+
+def split_run_arguments(args: Sequence[str], *, value_options: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Split the arguments of `gradctl run` into our options and the interpreter's command line.
+
+    Args:
+        args: everything after `run`.
+        value_options: those of our options that take a value.
+
+    Returns:
+        Our options, and what the interpreter gets: its flags, then SCRIPT, `-m MODULE` or `-c CODE`, then ARGS.
+
+    Raises:
+        UsageError: a flag of the interpreter under which nothing can be recorded.
+    """
+    ours: list[str] = []
+    flags: list[str] = []
+    position = 0
+    while position < len(args):
+        word = args[position]
+        if word == "--":
+            return ours, [*flags, *args[position + 1 :]]
+        if word == "-" or not word.startswith("-"):
+            break
+        if word in value_options:
+            ours += args[position : position + 2]
+            position += 2
+        elif word == "--check-hash-based-pycs":
+            flags += args[position : position + 2]
+            position += 2
+        elif word.startswith("--"):
+            ours.append(word)
+            position += 1
+        else:
+            kind, width = _interpreter_word(word)
+            if kind == "target":
+                break
+            (flags if kind == "flag" else ours).extend(args[position : position + width])
+            position += width
+    return ours, [*flags, *args[position:]]
+
+
+def _interpreter_word(word: str) -> tuple[str, int]:
+    """Say what short options are to the interpreter, "flag", "target" or "other", and how many words they take."""
+    letters = word[1:]
+    for place, letter in enumerate(letters):
+        if letter in _UNSEEN_FLAGS:
+            raise UsageError(
+                f"a script under `python -{letter}` cannot be recorded",
+                why=_UNSEEN_FLAGS[letter],
+                fix=f"leave -{letter} out, or call gradctl.record() in the script",
+            )
+        if letter in _INTERPRETER_TARGETS:
+            return "target", 1
+        if letter in _INTERPRETER_VALUES:
+            return "flag", 1 if place + 1 < len(letters) else 2
+        if letter not in _INTERPRETER_FLAGS:
+            return "other", 1
+    return "flag", 1
+
+
+def script_name(command: Sequence[str]) -> str | None:
+    """Return what stands for the script in an interpreter's command line: its path, the module, or `-c`.
+
+    None when the command line names no program.
+    """
+    position = 0
+    while position < len(command):
+        word = command[position]
+        if word == "-" or not word.startswith("-"):
+            return word
+        if word == "--check-hash-based-pycs":
+            position += 2
+            continue
+        kind, width = _interpreter_word(word)
+        if kind == "target":
+            place = next(place for place, letter in enumerate(word) if letter in _INTERPRETER_TARGETS)
+            value = word[place + 1 :] or (command[position + 1] if position + 1 < len(command) else "")
+            return ("-c" if word[place] == "c" else value) if value else None
+        position += width
+    return None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gradctl", message="%(prog)s %(version)s")
+def gradctl() -> None:
+    r"""Control, explain and prove what gradients do in a PyTorch program.
+
+    \b
+    gradctl run train.py --epochs 3      watch any script, unchanged
+    gradctl run --grad off serve.py      no gradients, in any thread or child
+    gradctl report gradctl-runs/...      look at a run again
+
+    \b
+    Exit codes: `run` passes the script's through. Other verbs:
+      0 clean   1 findings   2 usage   3 a failure of gradctl   4 no verdict
+    """
+
+
+@gradctl.command(cls=_RunCommand, options_metavar="[OPTIONS]", short_help="Run a script, watch its gradients, report.")
+@click.option(
+    "--grad", type=click.Choice(["on", "off"]), help="`off` refuses every gradient, in all threads and children."
+)
+@click.option("--out", metavar="DIR", help="The run directory.  [default: gradctl-runs/<script>-<UTC time>[-NAME]]")
+@click.option("--name", metavar="NAME", help="A word for the end of the run directory's name.")
+@click.option("--policy", metavar="FILE", help="The policy file.  [default: found upward from here]")
+@click.option("--watch-steps", metavar="N", type=click.IntRange(min=1), help="Record only the first N steps.")
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["continue", "stop"]),
+    help="At the first NaN or inf gradient; `stop` raises before the update.",
+)
+@click.option("--lines", is_flag=True, default=None, help="Record what backward remembers by source line.")
+@click.option("--no-report", "report", flag_value=False, is_flag=True, default=None, help="Draw no report at the end.")
+@click.option("-q", "--quiet", is_flag=True, default=None, help="Say nothing of our own on the terminal.")
+@click.option("--force", is_flag=True, default=None, help="Write into a run directory that already holds a run.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="(SCRIPT | -m MODULE | -c CODE) [ARGS]...")
+@click.pass_context
+def run(ctx: click.Context, /, command: tuple[str, ...], policy: str | None, **flags: object) -> None:
+    """Run SCRIPT as `python SCRIPT ARGS` would, and watch its gradients.
+
+    The script is not edited and its exit code is passed through. What was seen goes to the run directory: a journal for
+    each process, and report.html, drawn when the script ends.
+
+    Options before SCRIPT are ours, everything after it is the script's. Options of the interpreter (-O, -u, -W ignore,
+    -X dev ...) may stand before SCRIPT too. Under a launcher: torchrun ... -m gradctl run train.py
+    """
+    script = script_name(command)
+    if script is None:
+        ctx.fail("Missing SCRIPT, -m MODULE or -c CODE: what to run.")
+    from gradctl import _policy, _run
+
+    settings = _policy.resolve(flags=flags, file=Path(policy) if policy else None)
+    _run.start(command, settings, script)
+
+
+@gradctl.command(short_help="Show a run again: terminal, HTML page, JSON.")
+@click.argument("run_dir", metavar="RUN_DIR")
+@click.option("-o", "page", metavar="FILE.html", help="Where to write the page.  [default: RUN_DIR/report.html]")
+@click.option("--json", "json_file", metavar="FILE", help="Write gradctl.summary/1; `-` prints it, and nothing else.")
+@click.option("--force", is_flag=True, help="Replace files that exist.")
+@click.option("--at-exit", is_flag=True, hidden=True)
+def report(run_dir: str, page: str | None, json_file: str | None, force: bool, at_exit: bool) -> int:
+    """Show what the gradients of a run did, from its journals. Works while the script is still running, too.
+
+    Prints the summary and writes the page; one that is there already is kept unless --force is given.
+    """
+    from gradctl._journal import Run
+
+    directory = Path(run_dir)
+    recorded = Run.load(directory)
+    if at_exit:
+        _draw(recorded, to_stderr=True)
+        _write_page(recorded, directory / "report.html", force=True)
+        return ExitCode.CLEAN
+    if json_file is not None:
+        _write_summary(recorded, json_file, force=force)
+    if json_file != "-":
+        _draw(recorded, to_stderr=False)
+    if page is not None:
+        _write_page(recorded, Path(page), force=force)
+    elif json_file is None:
+        usual = directory / "report.html"
+        if usual.exists() and not force:
+            click.echo(f"report  {usual} (drawn before; --force draws it again)")
+            return ExitCode.CLEAN
+        _write_page(recorded, usual, force=force)
+    if page is not None or json_file is None:
+        click.echo(f"report  {page or directory / 'report.html'}")
+    return ExitCode.CLEAN
+
+
+@gradctl.command(short_help="Say what works here, by which means, and what does not.")
+@click.option("--json", "json_file", metavar="FILE", help="Write it as JSON; `-` prints it.")
+def env(json_file: str | None) -> int:
+    """Say what is installed, which engine each feature would use here, and what is not available and why."""
+    from gradctl._run import _environment
+
+    found = _environment.describe()
+    if json_file is None:
+        click.echo(str(found))
+    else:
+        _write_json(found.to_json(), json_file, force=True)
+    return ExitCode.CLEAN
+
+
+def _draw(recorded: Run, *, to_stderr: bool) -> None:
+    from rich.console import Console
+
+    from gradctl import report as view
+
+    view.draw_terminal(recorded, console=Console(stderr=to_stderr, highlight=False, soft_wrap=True))
+
+
+def _write_page(recorded: Run, path: Path, *, force: bool) -> None:
+    from gradctl import report as view
+
+    _refuse_to_overwrite(path, force=force)
+    try:
+        view.write_page(recorded, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", why=error.strerror or str(error)) from error
+
+
+def _write_summary(recorded: Run, file: str, *, force: bool) -> None:
+    from gradctl import report as view
+
+    _write_json(view.summary(recorded), file, force=force)
+
+
+def _write_json(data: dict[str, Any], file: str, *, force: bool) -> None:
+    import json
+
+    # NaN is not JSON: a value that is not finite must already be text or null here.
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    if file == "-":
+        click.echo(text)
+        return
+    path = Path(file)
+    _refuse_to_overwrite(path, force=force)
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}", why=error.strerror or str(error)) from error
+
+
+def _refuse_to_overwrite(path: Path, *, force: bool) -> None:
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists and is not overwritten", fix="name another file, or give --force")
