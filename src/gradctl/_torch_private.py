@@ -48,6 +48,13 @@ NAMES: tuple[PrivateName, ...] = (
         "autograd.Function.apply records a graph while gradients are off",
     ),
     PrivateName(
+        "function_base",
+        "torch._C:_FunctionBase",
+        "2.11-2.14",
+        "off",
+        "the class attribute `apply` is patched instead; from torch 2.14 on, aliases of it captured before still record",
+    ),
+    PrivateName(
         "clip_with_norm",
         "torch.nn.utils.clip_grad:_clip_grads_with_norm_",
         "2.11-2.14",

@@ -43,6 +43,16 @@ def _everywhere(place: str) -> Callable[[], Sequence[Location]]:
     return locate
 
 
+def _function_apply() -> list[Location]:
+    found = [*_at("torch.autograd.function:_SingleLevelFunction.apply")()]
+    function: Any = found[0][0]
+    for derived in function.__subclasses__():
+        # From torch 2.14 on `Function` carries the C method itself, which hides the one of its base.
+        if derived.__name__ == "Function" and type(vars(derived).get("apply")).__name__ == "classmethod_descriptor":
+            found.append((derived, "apply"))
+    return found
+
+
 def _rpc_backward() -> list[Location]:
     owners = [private.find("distributed_autograd"), sys.modules.get("torch.distributed.autograd")]
     return [(owner, "backward") for owner in owners if owner is not None and hasattr(owner, "backward")]
@@ -58,7 +68,7 @@ clip = AttributeTap("clip", _at("torch.nn.utils.clip_grad:_clip_grads_with_norm_
 scaler_scale = AttributeTap("scaler_scale", _at("torch.amp.grad_scaler:GradScaler.scale"))
 scaler_step = AttributeTap("scaler_step", _at("torch.amp.grad_scaler:GradScaler._maybe_opt_step"))
 data_next = AttributeTap("data_next", _at("torch.utils.data.dataloader:_BaseDataLoaderIter.__next__"))
-function_apply = AttributeTap("function_apply", _at("torch.autograd.function:_SingleLevelFunction.apply"))
+function_apply = AttributeTap("function_apply", _function_apply)
 retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
 compile = AttributeTap("compile", _at("torch:compile"))
 load_library = AttributeTap("load_library", _at("torch:ops.load_library"))
@@ -68,9 +78,7 @@ functorch_jvp = AttributeTap("functorch_jvp", _everywhere("torch._functorch.eage
 dual_level = AttributeTap("dual_level", _everywhere("torch._functorch.predispatch:_enter_dual_level_impl"))
 functional_grad = AttributeTap("functional_grad", _at("torch.autograd.functional:_autograd_grad"))
 rpc_backward = AttributeTap("rpc_backward", _rpc_backward)
-saved_hooks_disabled = AttributeTap(
-    "saved_hooks_disabled", _at("torch._C._autograd:_saved_tensors_hooks_disable")
-)
+saved_hooks_disabled = AttributeTap("saved_hooks_disabled", _at("torch._C._autograd:_saved_tensors_hooks_disable"))
 os_exit = AttributeTap("os_exit", _at("os:_exit"))
 process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
 popen = AttributeTap("popen", _at("subprocess:Popen.__init__"))
