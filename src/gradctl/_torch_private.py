@@ -52,7 +52,7 @@ NAMES: tuple[PrivateName, ...] = (
         "torch._C:_FunctionBase",
         "2.11-2.14",
         "off",
-        "the class attribute `apply` is patched instead; from torch 2.14 on, aliases of it captured before still record",
+        "the class attribute `apply` is patched instead; on torch 2.14 and later, aliases captured before record",
     ),
     PrivateName(
         "clip_with_norm",

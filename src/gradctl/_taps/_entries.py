@@ -44,12 +44,10 @@ def _everywhere(place: str) -> Callable[[], Sequence[Location]]:
 
 
 def _function_apply() -> list[Location]:
-    found = [*_at("torch.autograd.function:_SingleLevelFunction.apply")()]
-    function: Any = found[0][0]
-    for derived in function.__subclasses__():
-        # From torch 2.14 on `Function` carries the C method itself, which hides the one of its base.
-        if derived.__name__ == "Function" and type(vars(derived).get("apply")).__name__ == "classmethod_descriptor":
-            found.append((derived, "apply"))
+    found = list(_at("torch.autograd.function:_SingleLevelFunction.apply")())
+    function: Any = importlib.import_module("torch.autograd").Function
+    if type(vars(function).get("apply")).__name__ == "classmethod_descriptor":
+        found.append((function, "apply"))  # from torch 2.14 on it carries the C method itself and hides its base's
     return found
 
 
