@@ -56,6 +56,21 @@ def _rpc_backward() -> list[Location]:
     return [(owner, "backward") for owner in owners if owner is not None and hasattr(owner, "backward")]
 
 
+def _if_there(*places: str) -> Callable[[], Sequence[Location]]:
+    """Return a function that finds those of `places`, as `_everywhere` does, that this torch has."""
+
+    def locate() -> list[Location]:
+        found: list[Location] = []
+        for place in places:
+            try:
+                found += _everywhere(place)()
+            except (ImportError, AttributeError):
+                continue  # renamed or not yet there; `_torch_private` says what that costs
+        return found
+
+    return locate
+
+
 engine = EngineTap(lambda: _at("torch.autograd:Variable._execution_engine")()[0])
 optimizer_step = StepTap()
 parameter_registered = ParameterTap()
@@ -70,13 +85,29 @@ function_apply = AttributeTap("function_apply", _function_apply)
 retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
 compile = AttributeTap("compile", _at("torch:compile"))
 load_library = AttributeTap("load_library", _at("torch:ops.load_library"))
-jit_save = AttributeTap("jit_save", _at("torch.jit:save"))
+jit_save = AttributeTap("jit_save", _at("torch._C:ScriptModule.save", "torch._C:ScriptModule.save_to_buffer"))
 functorch_grad = AttributeTap("functorch_grad", _everywhere("torch._functorch.eager_transforms:grad_increment_nesting"))
 functorch_jvp = AttributeTap("functorch_jvp", _everywhere("torch._functorch.eager_transforms:jvp_increment_nesting"))
 dual_level = AttributeTap("dual_level", _everywhere("torch._functorch.predispatch:_enter_dual_level_impl"))
+dual_value = AttributeTap(
+    "dual_value",
+    _if_there("torch._functorch.predispatch:_make_dual_impl", "torch._functorch.predispatch:_unpack_dual_impl"),
+)
 functional_grad = AttributeTap("functional_grad", _at("torch.autograd.functional:_autograd_grad"))
 rpc_backward = AttributeTap("rpc_backward", _rpc_backward)
 saved_hooks_disabled = AttributeTap("saved_hooks_disabled", _at("torch._C._autograd:_saved_tensors_hooks_disable"))
+autograd_compiler = AttributeTap(
+    "autograd_compiler", _at("torch._C:_dynamo.compiled_autograd.set_autograd_compiler")
+)
+requires_grad_call = AttributeTap("requires_grad_call", _at("torch:Tensor.requires_grad_"))
+module_requires_grad = AttributeTap("module_requires_grad", _at("torch.nn:Module.requires_grad_"))
+parameter_made = AttributeTap("parameter_made", _at("torch.nn:Parameter.__new__"))
+inference_left = AttributeTap("inference_left", _at("torch.autograd.grad_mode:inference_mode.__exit__"))
+thread_start = AttributeTap("thread_start", _at("_thread:start_new_thread", "threading:_start_new_thread"))
+extension_import = AttributeTap(
+    "extension_import", _at("importlib.machinery:ExtensionFileLoader.create_module")
+)
+library_open = AttributeTap("library_open", _at("ctypes:CDLL.__init__"))
 os_exit = AttributeTap("os_exit", _at("os:_exit"))
 process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
 popen = AttributeTap("popen", _at("subprocess:Popen.__init__"))
@@ -99,7 +130,16 @@ ALL = (
     functorch_grad,
     functorch_jvp,
     dual_level,
+    dual_value,
     functional_grad,
+    autograd_compiler,
+    requires_grad_call,
+    module_requires_grad,
+    parameter_made,
+    inference_left,
+    thread_start,
+    extension_import,
+    library_open,
     rpc_backward,
     saved_hooks_disabled,
     os_exit,
