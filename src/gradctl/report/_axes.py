@@ -1,0 +1,186 @@
+"""Scales, ticks and numbers of the report's charts: plain arithmetic, nothing is drawn here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+HUGE = 1e300
+"""Largest magnitude that is drawn: differences of two such values are still finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Map values to pixels, linearly or by their logarithm; what lies outside is clamped to the edge.
+
+    Attributes:
+        lo: value drawn at pixel `start`.
+        hi: value drawn at pixel `end`.
+        start: pixel of `lo`.
+        end: pixel of `hi`.
+        log: True draws equal ratios as equal distances; `lo` and `hi` are then above 0.
+    """
+
+    lo: float
+    hi: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of `value`, clamped to the scale; NaN stays NaN."""
+        if math.isnan(value):
+            return math.nan
+        lo, hi = self.lo, self.hi
+        if self.log:
+            value = math.log10(value) if value > 0 else -math.inf
+            lo, hi = math.log10(lo), math.log10(hi)
+        share = (min(max(value, lo), hi) - lo) / (hi - lo) if hi > lo else 0.5
+        return self.start + share * (self.end - self.start)
+
+    def ticks(self, most: int = 4) -> list[float]:
+        """Return at most `most` round values inside the scale."""
+        return log_ticks(self.lo, self.hi, most) if self.log else linear_ticks(self.lo, self.hi, most)
+
+
+def linear_ticks(lo: float, hi: float, most: int = 4) -> list[float]:
+    """Return at most `most` multiples of 1, 2 or 5 times a power of ten between `lo` and `hi`."""
+    if not (math.isfinite(lo) and math.isfinite(hi)) or hi <= lo:
+        return [lo] if math.isfinite(lo) else []
+    magnitude = math.floor(math.log10((hi - lo) / most))
+    for power in (magnitude, magnitude + 1):
+        for factor in (1, 2, 5):
+            gap = factor * 10.0**power
+            first, last = math.ceil(lo / gap - 1e-9), math.floor(hi / gap + 1e-9)
+            if last - first < most:
+                return [_clean(k * gap) for k in range(first, last + 1)]
+    return [lo]
+
+
+def log_ticks(lo: float, hi: float, most: int = 4) -> list[float]:
+    """Return at most `most` round values between `lo` and `hi`, both above 0, spread by ratio."""
+    if not 0 < lo < hi or not math.isfinite(hi):
+        return [lo] if lo > 0 and math.isfinite(lo) else []
+    first, last = math.ceil(math.log10(lo) - 1e-9), math.floor(math.log10(hi) + 1e-9)
+    powers = range(first, last + 1)
+    if len(powers) >= 2:
+        every = math.ceil(len(powers) / most)
+        return [10.0**k for k in powers if k % every == 0][:most] or [10.0 ** powers[0]]
+    between = [f * 10.0**k for k in range(first - 1, last + 1) for f in (1, 2, 5) if lo <= f * 10.0**k <= hi]
+    return between[:most] if len(between) >= 2 else linear_ticks(lo, hi, most)
+
+
+def step_ticks(last: int, most: int = 4) -> list[int]:
+    """Return at most `most` step numbers for an axis from step 1 to `last`: round ones, and the last step."""
+    if last <= most:
+        return list(range(1, last + 1))
+    inner = [int(t) for t in linear_ticks(0, last, most) if t == int(t) and 0 < t < 0.88 * last]
+    return [*inner[-(most - 1) :], last]
+
+
+def fit(values: Iterable[float], start: float, end: float, *, keep: Sequence[float] = ()) -> tuple[Scale, bool, bool]:
+    """Choose a scale for a curve so that a few outliers do not flatten it.
+
+    Args:
+        values: what will be drawn; NaN is passed over, infinities are clamped.
+        start: pixel of the lower end.
+        end: pixel of the upper end.
+        keep: values that must stay inside, such as the first and the last.
+
+    Returns:
+        The scale, whether values lie above it, and whether values lie below it. It is logarithmic when all values
+        are above 0 and the bulk of them spans more than a factor of 30.
+    """
+    ordered = sorted(min(max(v, -HUGE), HUGE) for v in values if not math.isnan(v))
+    if not ordered:
+        return Scale(0.0, 1.0, start, end), False, False
+    low, high = quantile(ordered, 0.005), quantile(ordered, 0.98)
+    inside = [v for v in keep if math.isfinite(v) and abs(v) <= HUGE]
+    if inside:
+        low, high = min(low, *inside), max(high, *inside)
+    log = low > 0 and high / low > 30
+    spread = math.log10(high / low) if log else high - low
+    if log:
+        near_low, near_high = low / 10 ** (spread * 0.4), high * 10 ** min(spread * 0.4, 6)
+    else:
+        near_low, near_high = low - spread * 0.6, high + spread * 0.6
+    low = ordered[0] if ordered[0] >= near_low else low
+    high = ordered[-1] if ordered[-1] <= near_high else high
+    above, below = ordered[-1] > high, ordered[0] < low
+    if log:
+        edge = 10 ** (0.04 * math.log10(high / low))
+        return Scale(low / edge, high * edge, start, end, log=True), above, below
+    edge = 0.06 * (high - low) or abs(high) * 0.1 or 0.5
+    return Scale(low - edge, high + edge, start, end), above, below
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return the value at `share` (0 to 1) of values that are sorted and not empty."""
+    return ordered[min(len(ordered) - 1, max(0, round(share * (len(ordered) - 1))))]
+
+
+def short(value: float | None) -> str:
+    """Write a number with three significant digits: `4.43`, `0.0003`, `1.63e4`, `NaN`."""
+    if value is None:
+        return "–"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "inf" if value > 0 else "−inf"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if 1e-4 <= size < 99_950:
+        digits = max(0, 2 - math.floor(math.log10(size) + 1e-12))
+        text = f"{size:.{digits}f}" if size < 999.5 else f"{size:.0f}"
+        text = text.rstrip("0").rstrip(".") if "." in text and size < 1e-2 else text
+    else:
+        mantissa, _, exponent = f"{size:.2e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"−{text}" if value < 0 else text
+
+
+def tick_text(value: float) -> str:
+    """Write an axis label without trailing zeros: `100`, `0.5`, `1e-6`."""
+    size = abs(value)
+    if value == 0:
+        return "0"
+    if 1e-3 <= size < 1e5:
+        return f"{value:.6g}".replace("-", "−")
+    mantissa, _, exponent = f"{size:.2e}".partition("e")
+    return f"{'−' if value < 0 else ''}{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def count_text(number: int) -> str:
+    """Write a whole number with thin spaces between thousands."""
+    return f"{number:,}".replace(",", "\u202f") if abs(number) >= 10_000 else str(number)
+
+
+def bytes_text(number: float) -> str:
+    """Write a number of bytes in the unit a person would use: `64 MiB`, `4.1 MiB`, `512 B`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(number) < 1023.5 or unit == "TiB":
+            return f"{number:.0f} {unit}" if unit == "B" or abs(number) >= 9.95 else f"{number:.1f} {unit}"
+        number /= 1024
+    raise AssertionError("unreachable: the last unit takes everything")
+
+
+def seconds_text(seconds: float) -> str:
+    """Write a duration: `0.42 s`, `131 s`, `12 min`, `3.4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 599:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_940 else f"{seconds / 3600:.1f} h"
+
+
+def milliseconds_text(milliseconds: float) -> str:
+    """Write a time in milliseconds: `0.31 ms`, `3.1 ms`, `319 ms`, `12.0 s`."""
+    if milliseconds >= 9_995:
+        return f"{milliseconds / 1000:.1f} s"
+    return f"{milliseconds:.{2 if milliseconds < 0.995 else 1 if milliseconds < 99.5 else 0}f} ms"
+
+
+def _clean(value: float) -> float:
+    return float(f"{value:.12g}")
