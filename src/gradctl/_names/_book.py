@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules import module as module_hooks
 
-from gradctl._names._search import Memory, Naming, search
+from gradctl._names._search import Memory, Naming, module_names, search
 
 
 class NameBook:
@@ -63,6 +63,11 @@ class NameBook:
             naming = search(self._memory, params, given)
         naming.seconds = time.perf_counter() - begin
         return naming
+
+    def modules(self) -> dict[int, str]:
+        """Return the FQN of every module below the models that gave names, by `id`; the outermost is its class."""
+        with self._lock:
+            return module_names(self._memory)
 
     def renew_lock(self) -> None:
         """Replace the lock in a forked child, where the thread that held it may no longer exist."""

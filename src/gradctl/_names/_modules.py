@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,23 @@ def outermost(candidates: list[Module], missing: set[int]) -> list[Module]:
 
 def tree_of(root: Module, *, registered: bool) -> Tree:
     """Read the parameters of `root` in the order of `named_parameters`, without calling it."""
-    found: list[tuple[str, Tensor]] = []
+    names: dict[int, str] = {}
+    aliases: dict[int, tuple[str, ...]] = {}
+    params: list[Tensor] = []
+    for path, module in modules_of(root):
+        for name, param in _own_parameters(module):
+            clean = f"{path}.{name}" if path else name
+            if id(param) in names:
+                aliases[id(param)] = (*aliases.get(id(param), ()), clean)
+            else:
+                names[id(param)] = clean
+                params.append(param)
+    return Tree(root, names, params, aliases, registered)
+
+
+def modules_of(root: Module) -> Iterator[tuple[str, Module]]:
+    """Yield the clean FQN of every module below `root`, itself first as "", in the order of `named_modules`."""
+    wrapper = _wrapper_prefix(root)
     visited: set[int] = set()
     stack: list[tuple[str, Module]] = [("", root)]
     while stack:
@@ -85,22 +102,11 @@ def tree_of(root: Module, *, registered: bool) -> Tree:
         if id(module) in visited:
             continue
         visited.add(id(module))
-        found.extend((path + name, param) for name, param in _own_parameters(module))
-        stack.extend((f"{path}{name}.", child) for name, child in reversed(_children(module)))
-    wrapper = _wrapper_prefix(root)
-    names: dict[int, str] = {}
-    aliases: dict[int, tuple[str, ...]] = {}
-    params: list[Tensor] = []
-    for name, param in found:
-        clean = name.removeprefix(wrapper)
+        clean = f"{path}.".removeprefix(wrapper)
         for part in _WRAPPER_PARTS:
             clean = clean.replace(part, "")
-        if id(param) in names:
-            aliases[id(param)] = (*aliases.get(id(param), ()), clean)
-        else:
-            names[id(param)] = clean
-            params.append(param)
-    return Tree(root, names, params, aliases, registered)
+        yield clean.strip("."), module
+        stack.extend((f"{path}.{name}" if path else name, child) for name, child in reversed(_children(module)))
 
 
 def all_modules() -> list[Module]:

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from gradctl._names._modules import Tree, all_modules, is_parameter, outermost, tree_of
+from gradctl._names._modules import Tree, all_modules, is_parameter, modules_of, outermost, tree_of
 from gradctl._names._variables import Surroundings, look_around
 
 How = Literal["registration", "scan", "none"]
@@ -114,6 +114,17 @@ def search(memory: Memory, params: Sequence[Tensor], given: Sequence[str | None]
     if request.missing():
         request.name_bare_tensors(given)
     return request.answer()
+
+
+def module_names(memory: Memory) -> dict[int, str]:
+    """Name the modules below every root that gave names; see `NameBook.modules`."""
+    found: dict[int, str] = {}
+    for reference, prefix in list(memory.prefixes.values()):
+        root = reference()
+        if root is not None:
+            for path, module in modules_of(root):
+                found.setdefault(id(module), prefix + path if path else prefix[:-1] or type(root).__name__)
+    return found
 
 
 class _Request:
