@@ -41,17 +41,20 @@ def packed(values: Sequence[Value]) -> list[int | str | None] | str:
 
 
 def byte_code(value: Value) -> int:
-    """One byte a norm: 0 none, 1 zero, 2 non-finite, 3..255 a twentieth of a decade, centred at 1e0 = 163."""
+    """One byte a norm: 0 none, 1 zero, 255 non-finite, 2..254 a twentieth of a decade from 1e-8 up."""
     if value is None:
         return 0
     if not math.isfinite(value):
-        return 2
-    return 1 if value == 0 else min(255, max(3, 163 + round(20 * math.log10(value))))
+        return 255
+    return 1 if value == 0 else min(254, max(2, 2 + round(20 * (math.log10(value) + 8))))
 
 
 def gpt(blocks: int = 4, width: int = 128) -> tuple[list[str], list[list[int]]]:
     """Names and shapes of a small GPT: 4 + 12 * `blocks` tensors."""
-    found: list[tuple[str, list[int]]] = [("transformer.wte.weight", [96, width]), ("transformer.wpe.weight", [256, width])]
+    found: list[tuple[str, list[int]]] = [
+        ("transformer.wte.weight", [96, width]),
+        ("transformer.wpe.weight", [256, width]),
+    ]
     for k in range(blocks):
         at = f"transformer.h.{k}"
         for layer, shape in (
@@ -146,13 +149,24 @@ class Trainer:
             (
                 self.from_seconds - 0.01,
                 {
-                    "k": "opt", "o": self.id, "cls": self.cls, "names": self.names, "shapes": self.shapes,
-                    "dtypes": [self.dtype] * len(self.shapes), "groups": 0, "lr": [self.lr(1)], "numel": sum(numel),
-                    "frozen": 0, "thread": self.thread, "named": "registration", "roots": self.roots,
-                    "main_hint": self.main_hint, "source": self.source,
+                    "k": "opt",
+                    "o": self.id,
+                    "cls": self.cls,
+                    "names": self.names,
+                    "shapes": self.shapes,
+                    "dtypes": [self.dtype] * len(self.shapes),
+                    "groups": 0,
+                    "lr": [self.lr(1)],
+                    "numel": sum(numel),
+                    "frozen": 0,
+                    "thread": self.thread,
+                    "named": "registration",
+                    "roots": self.roots,
+                    "main_hint": self.main_hint,
+                    "source": self.source,
                 },
             )
-        ]  # fmt: skip
+        ]
         found += self._blocks() + self._maxima() + self._rows()
         return found
 
@@ -164,15 +178,23 @@ class Trainer:
         while first <= self.steps:
             count = min(max(1, first >> 9), self.steps - first + 1)
             # long blocks are drawn from a few of their steps: the shape is what matters
-            picked = sorted({first + round(j * (count - 1) / 7) for j in range(8)} if count > 8 else range(first, first + count))
+            picked = sorted(
+                {first + round(j * (count - 1) / 7) for j in range(8)} if count > 8 else range(first, first + count)
+            )
             seen = [v for v in (self.loss(n) for n in picked) if v is not None]
             good = [v for v in seen if math.isfinite(v)]
             bad = round((len(seen) - len(good)) * count / len(picked)) if seen else 0
             block: dict[str, Any] = {
-                "k": "b", "o": self.id, "n": first, "c": count, "t": self._time(first + count - 1),
+                "k": "b",
+                "o": self.id,
+                "n": first,
+                "c": count,
+                "t": self._time(first + count - 1),
                 "l": [_short(math.fsum(good) / len(good)), _short(min(good)), _short(max(good))] if good else None,
-                "bad": bad, "mb": count * self.microbatches, "ms": [round(float(v), 3) for v in self.ms],
-            }  # fmt: skip
+                "bad": bad,
+                "mb": count * self.microbatches,
+                "ms": [round(float(v), 3) for v in self.ms],
+            }
             totals = [self.total(n) for n in picked]
             finite = [v for v in totals if math.isfinite(v)]
             if finite:
@@ -181,9 +203,13 @@ class Trainer:
                 before = [v * 1.5 for v in finite] or [0.0]
                 over = sum(v > self.clip for v in before)
                 block["clip"] = [
-                    count, round(over * count / len(picked)), _short(max(1.0, max(before) / self.clip)), self.clip,
-                    _short(math.fsum(before) / len(before)), _short(max(before)),
-                ]  # fmt: skip
+                    count,
+                    round(over * count / len(picked)),
+                    _short(max(1.0, max(before) / self.clip)),
+                    self.clip,
+                    _short(math.fsum(before) / len(before)),
+                    _short(max(before)),
+                ]
             found.append((block["t"], block))
             first += count
         return found
@@ -200,7 +226,8 @@ class Trainer:
         return found
 
     def _rows(self) -> list[tuple[float, dict[str, Any]]]:
-        assert self.norms is not None and self.ratios is not None
+        assert self.norms is not None
+        assert self.ratios is not None
         found: list[tuple[float, dict[str, Any]]] = []
         step = 1
         while step <= self.steps:
@@ -209,10 +236,19 @@ class Trainer:
                     continue
                 g = self.norms(n)
                 row: dict[str, Any] = {
-                    "k": "row", "o": self.id, "n": n, "t": self._time(n), "g": packed(g), "u": packed(self.ratios(n)),
-                    "tot": _number(self.total(n)), "none": sum(v is None for v in g), "zero": sum(v == 0 for v in g),
-                    "dead": self.dead, "lr": [self.lr(n)], "rss": self.rss,
-                }  # fmt: skip
+                    "k": "row",
+                    "o": self.id,
+                    "n": n,
+                    "t": self._time(n),
+                    "g": packed(g),
+                    "u": packed(self.ratios(n)),
+                    "tot": _number(self.total(n)),
+                    "none": sum(v is None for v in g),
+                    "zero": sum(v == 0 for v in g),
+                    "dead": self.dead,
+                    "lr": [self.lr(n)],
+                    "rss": self.rss,
+                }
                 cosine = self.cosine(n)
                 if cosine is not None and n > step:
                     row["cos"] = round(cosine, 4)
@@ -232,25 +268,59 @@ def _number(value: float) -> float | str:
 def header(**changes: Any) -> dict[str, Any]:
     """A `run` record of an ordinary run."""
     return {
-        "k": "run", "schema": "gradctl.journal/1", "argv": ["train.py", "--steps", "400"], "script": "train.py",
-        "cwd": "/home/ada/project", "pid": 4242, "ppid": 4200, "main": True, "rank": 0, "world_size": 1,
-        "host": "box", "started": STARTED, "python": "3.11.9", "torch": "2.13.0+cpu", "gradctl": "0.1.0.dev0",
-        "platform": "Linux-6.1-x86_64", "device": "cpu", "threads": 2, "start": "run", "grad": "on", "budget": 0.01,
-    } | changes  # fmt: skip
+        "k": "run",
+        "schema": "gradctl.journal/1",
+        "argv": ["train.py", "--steps", "400"],
+        "script": "train.py",
+        "cwd": "/home/ada/project",
+        "pid": 4242,
+        "ppid": 4200,
+        "main": True,
+        "rank": 0,
+        "world_size": 1,
+        "host": "box",
+        "started": STARTED,
+        "python": "3.11.9",
+        "torch": "2.13.0+cpu",
+        "gradctl": "0.1.0.dev0",
+        "platform": "Linux-6.1-x86_64",
+        "device": "cpu",
+        "threads": 2,
+        "start": "run",
+        "grad": "on",
+        "budget": 0.01,
+    } | changes
 
 
 def goodbye(steps: dict[int, int], **changes: Any) -> dict[str, Any]:
     """An `end` record of an ordinary run."""
     return {
-        "k": "end", "how": "exit", "code": 0, "exc": None, "steps": {str(k): v for k, v in steps.items()},
-        "backwards": max(steps.values(), default=0), "cost": 0.92, "one_off": 0.08, "wall": 131.2, "share": 0.0070,
-        "faults": 0, "dropped": {}, "rss": 917, "not_seen": [], "bytes": 141_000, "children": [],
+        "k": "end",
+        "how": "exit",
+        "code": 0,
+        "exc": None,
+        "steps": {str(k): v for k, v in steps.items()},
+        "backwards": max(steps.values(), default=0),
+        "cost": 0.92,
+        "one_off": 0.08,
+        "wall": 131.2,
+        "share": 0.0070,
+        "faults": 0,
+        "dropped": {},
+        "rss": 917,
+        "not_seen": [],
+        "bytes": 141_000,
+        "children": [],
         "tiers": {"norm_every": 1, "rows": 60},
-    } | changes  # fmt: skip
+    } | changes
 
 
 SAVED_BY_OP = {
-    "k": "saved", "n": 3, "total": 180_192_356, "count": 99, "method": "walk",
+    "k": "saved",
+    "n": 3,
+    "total": 180_192_356,
+    "count": 99,
+    "method": "walk",
     "rows": [
         ["MulBackward0", "transformer.h.*.mlp.act", 67_108_864, 16],
         ["ScaledDotProductFlashAttentionForCpuBackward0", "transformer.h.*.attn", 62_914_560, 24],
@@ -258,7 +328,7 @@ SAVED_BY_OP = {
         ["NativeLayerNormBackward0", "transformer.h.*.ln_1", 12_582_912, 24],
         ["NativeDropoutBackward0", "transformer.h.*.attn.resid_dropout", 8_225_892, 19],
     ],
-}  # fmt: skip
+}
 
 
 def write(
@@ -320,16 +390,41 @@ def diverged(root: Path, *, steps: int = 260, bad: int = 18) -> Path:
         return NAN if step > bad else 4.78 + math.exp(max(0.0, step - bad + 9))
 
     trainer = Trainer(
-        list(names), shapes, steps, cls="SGD", loss=loss, norms=norms, lr=lambda step: 0.5, ms=(112.0, 60.0, 2.0, 0.5),
+        list(names),
+        shapes,
+        steps,
+        cls="SGD",
+        loss=loss,
+        norms=norms,
+        lr=lambda step: 0.5,
+        ms=(112.0, 60.0, 2.0, 0.5),
         ratios=lambda step: [NAN if step > bad else 0.062 if len(s) > 1 else 0.3 for s in shapes],
         cosine=lambda step: 0.9 if step <= bad else None,
-    )  # fmt: skip
+    )
     hit = [i for i in range(len(shapes)) if i not in spared]
     events = [
-        event("nonfinite", 1 + bad * 0.112, o=0, n=bad, what="grad", params=[names[i] for i in hit[:50]], count=len(hit), of=len(shapes)),
+        event(
+            "nonfinite",
+            1 + bad * 0.112,
+            o=0,
+            n=bad,
+            what="grad",
+            params=[names[i] for i in hit[:50]],
+            count=len(hit),
+            of=len(shapes),
+        ),
         event("nonfinite", 1 + (bad + 1) * 0.112, o=0, n=bad + 1, what="loss", params=[], count=1, of=1),
-        event("nonfinite", 1 + (bad + 1) * 0.112, o=0, n=bad + 1, what="weight", params=names[:50], count=len(names), of=len(names)),
-    ]  # fmt: skip
+        event(
+            "nonfinite",
+            1 + (bad + 1) * 0.112,
+            o=0,
+            n=bad + 1,
+            what="weight",
+            params=names[:50],
+            count=len(names),
+            of=len(names),
+        ),
+    ]
     events += [
         event("nonfinite", 1 + n * 0.112, o=0, n=n, what="grad", params=names[:50], count=len(names), of=len(names))
         for n in range(bad + 1, min(steps, bad + 60) + 1)
@@ -348,11 +443,21 @@ def gan(root: Path, *, steps: int = 300) -> Path:
             shapes += [[width, width], [width]]
         sides.append(
             Trainer(
-                names, shapes, steps, id=k, cls="Adam", loss=flat(level, noise=0.25, seed=11 + k), lr=lambda step: 2e-4,
-                norms=plain_norms(shapes, seed=20 + k), ms=(21.0, 5.2, 0.6, 1.1), roots=[[side.title(), 8]], rss=402,
-                from_seconds=1.0 + 0.01 * k, cosine=lambda step: 0.05,
+                names,
+                shapes,
+                steps,
+                id=k,
+                cls="Adam",
+                loss=flat(level, noise=0.25, seed=11 + k),
+                lr=lambda step: 2e-4,
+                norms=plain_norms(shapes, seed=20 + k),
+                ms=(21.0, 5.2, 0.6, 1.1),
+                roots=[[side.title(), 8]],
+                rss=402,
+                from_seconds=1.0 + 0.01 * k,
+                cosine=lambda step: 0.05,
             )
-        )  # fmt: skip
+        )
     run = header(argv=["gan.py"], script="gan.py")
     end = goodbye({0: steps, 1: steps}, backwards=2 * steps, wall=7.9, share=0.008)
     return write(root / "gan", sides, run=run, end=end)
@@ -366,7 +471,9 @@ def two_ranks(root: Path, *, steps: int = 200, late: float = 4.0) -> Path:
         ms = (20.0, 6.0 + (late if rank == 0 else 0.0), 0.8, 0.4)  # the early rank waits inside backward
         loss = falling(4.2 + 0.05 * rank, 2.6 + 0.02 * rank, seed=30 + rank)
         trainer = Trainer(list(names), shapes, steps, loss=loss, ms=ms, norms=plain_norms(shapes, seed=2))
-        run = header(argv=["ddp.py"], script="ddp.py", pid=900 + rank, rank=rank, world_size=2, started=STARTED + rank * 0.02)
+        run = header(
+            argv=["ddp.py"], script="ddp.py", pid=900 + rank, rank=rank, world_size=2, started=STARTED + rank * 0.02
+        )
         write(directory, [trainer], run=run, saved=SAVED_BY_OP, name=f"journal.rank{rank}.jsonl")
     return directory
 
@@ -385,9 +492,16 @@ def no_optimizer(root: Path, *, steps: int = 120) -> Path:
     """Weights are updated by hand: the backwards are the steps."""
     names, shapes = ["w1", "b1", "w2", "b2"], [[32, 64], [64], [64, 10], [10]]
     trainer = Trainer(
-        list(names), shapes, steps, cls="backward", source="backward", ms=(1.2, 0.5, 0.0, 0.0), loss=falling(2.3, 0.4),
-        ratios=lambda step: [None] * 4, roots=[],
-    )  # fmt: skip
+        list(names),
+        shapes,
+        steps,
+        cls="backward",
+        source="backward",
+        ms=(1.2, 0.5, 0.0, 0.0),
+        loss=falling(2.3, 0.4),
+        ratios=lambda step: [None] * 4,
+        roots=[],
+    )
     return write(root / "no_optimizer", [trainer], run=header(argv=["by_hand.py"], script="by_hand.py"))
 
 
@@ -402,13 +516,23 @@ def empty(root: Path) -> Path:
 def hostile(root: Path, *, steps: int = 60) -> Path:
     """Every text that a program can choose tries to become markup, an escape sequence or a path."""
     shapes = [[16, 16], [16], [16, 4], [4]]
-    names = [HOSTILE_NAME, "</td></table><img src=x onerror=alert(1)>", "[link=http://evil.example]l[/link]", "\x1b]0;t\x07\n\r\t"]
+    names = [
+        HOSTILE_NAME,
+        "</td></table><img src=x onerror=alert(1)>",
+        "[link=http://evil.example]l[/link]",
+        "\x1b]0;t\x07\n\r\t",
+    ]
     trainer = Trainer(list(names), shapes, steps, cls="<b>Opt</b>", thread="\x1b[2J", roots=[["<i>Net</i>", 4]])
     saved = SAVED_BY_OP | {"rows": [["<script>1</script>", "[red]m[/red]", 1 << 20, 2]], "total": 1 << 21, "count": 3}
     run = header(
-        argv=["<script>alert(2)</script>", "[bold]argv[/bold]", "\x1b[41m", "javascript:alert(3)"], script='x"><script>alert(4)</script>.py',
-        cwd="/home/<b>", host="<h>", device="</style><script>alert(5)</script>", torch="<torch>", platform="[red]p[/red]",
-    )  # fmt: skip
+        argv=["<script>alert(2)</script>", "[bold]argv[/bold]", "\x1b[41m", "javascript:alert(3)"],
+        script='x"><script>alert(4)</script>.py',
+        cwd="/home/<b>",
+        host="<h>",
+        device="</style><script>alert(5)</script>",
+        torch="<torch>",
+        platform="[red]p[/red]",
+    )
     events = [
         event("nonfinite", 2.0, o=0, n=3, what="grad", params=names, count=4, of=4),
         event("fault", 2.1, where="<script>f</script>", trace="\x1b[31mTraceback</pre><script>alert(6)</script>"),
@@ -416,9 +540,11 @@ def hostile(root: Path, *, steps: int = 60) -> Path:
         event("<script>alert(7)</script>", 2.3, x="y"),
     ]
     end = goodbye(
-        {0: steps}, code=1, not_seen=[["<script>ns</script>", "[red]because[/red]"]],
+        {0: steps},
+        code=1,
+        not_seen=[["<script>ns</script>", "[red]because[/red]"]],
         exc={"type": "<b>E</b>", "message": "</script><script>alert(8)</script>", "file": "<f>.py", "line": 3},
-    )  # fmt: skip
+    )
     return write(root / "hostile", [trainer], run=run, events=events, saved=saved, end=end)
 
 
@@ -434,7 +560,9 @@ def never_reached(root: Path, *, steps: int = 120, lost: Sequence[int] = (49, 50
     """Some parameters of the optimizer never get a gradient."""
     names, shapes = gpt(4)
     calm = plain_norms(shapes)
-    trainer = Trainer(list(names), shapes, steps, norms=lambda n: [None if i in lost else v for i, v in enumerate(calm(n))])
+    trainer = Trainer(
+        list(names), shapes, steps, norms=lambda n: [None if i in lost else v for i, v in enumerate(calm(n))]
+    )
     gone = [names[i] for i in lost]
     events = [event("none", t, o=0, n=n, params=gone, count=len(gone)) for n, t in ((3, 2.1), (steps, 60.0))]
     return write(root / "never_reached", [trainer], events=events)
@@ -444,9 +572,11 @@ def not_seen(root: Path) -> Path:
     """Training happened where we cannot listen: said so, never shown as an empty run."""
     why = ["distributed autograd", "its backward runs in C++ and no optimizer hook fires"]
     return write(
-        root / "not_seen", run=header(argv=["rpc.py"], script="rpc.py"),
-        events=[event("not_seen", 3.0, what=why[0], why=why[1])], end=goodbye({}, not_seen=[why], wall=4.0),
-    )  # fmt: skip
+        root / "not_seen",
+        run=header(argv=["rpc.py"], script="rpc.py"),
+        events=[event("not_seen", 3.0, what=why[0], why=why[1])],
+        end=goodbye({}, not_seen=[why], wall=4.0),
+    )
 
 
 def raised(root: Path, *, steps: int = 20) -> Path:
@@ -454,11 +584,21 @@ def raised(root: Path, *, steps: int = 20) -> Path:
     names, shapes = gpt(1, 32)
     exc = {"type": "ValueError", "message": "batch of size 0", "file": "/home/ada/project/train.py", "line": 41}
     trainer = Trainer(list(names), shapes, steps)
-    return write(root / "raised", [trainer], end=goodbye({0: steps}, code=1, exc=exc), events=[event("error", 8.0, **exc)])
+    return write(
+        root / "raised", [trainer], end=goodbye({0: steps}, code=1, exc=exc), events=[event("error", 8.0, **exc)]
+    )
 
 
 ALL: dict[str, Callable[[Path], Path]] = {
-    "healthy": healthy, "diverged": diverged, "gan": gan, "two_ranks": two_ranks, "killed": killed,
-    "no_optimizer": no_optimizer, "empty": empty, "hostile": hostile, "never_reached": never_reached,
-    "not_seen": not_seen, "raised": raised,
-}  # fmt: skip
+    "healthy": healthy,
+    "diverged": diverged,
+    "gan": gan,
+    "two_ranks": two_ranks,
+    "killed": killed,
+    "no_optimizer": no_optimizer,
+    "empty": empty,
+    "hostile": hostile,
+    "never_reached": never_reached,
+    "not_seen": not_seen,
+    "raised": raised,
+}

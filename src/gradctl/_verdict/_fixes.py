@@ -1,0 +1,74 @@
+"""The next thing to do, for every finding: the one table in which commands are named.
+
+Only what exists may stand here. When a verb lands that does more (`gradctl explain`, `gradctl fit`), its line changes.
+`{script}` is the command as it was run.
+"""
+
+from __future__ import annotations
+
+from gradctl._results import Finding, Severity
+
+FIXES: dict[str, str] = {
+    "accumulation": "if that is not meant, look for backward() calls that no optimizer.step() follows",
+    "bf16-stall": "keep these weights in float32 (autocast instead of .bfloat16()), or keep float32 master weights",
+    "clipped-always": "raise the limit, or lower the learning rate and let the clip catch outliers only",
+    "data-loader": "DataLoader(num_workers=2, persistent_workers=True), or prepare the data once",
+    "dead-gradients": "look at the activations: ReLU or clamp may be saturated, or most of an embedding is not used",
+    "gradients-zero": "look for saturated activations, clamp() or a factor of zero between them and the loss",
+    "gradients-vanish": "normalise or add residual connections between these layers, or change their initialisation",
+    "late-rank": "look at what rank {rank} does besides training: logging, evaluation, longer batches",
+    "learning-rate-zero": "look at the scheduler: its factor is zero, or its step() runs before the first epoch",
+    "loss-blew-up": "lower the learning rate, warm it up, or clip: torch.nn.utils.clip_grad_norm_(parameters, 1.0)",
+    "loss-flat": "nothing, if this loss need not fall; else overfit one batch, look at labels and learning rate",
+    "never-reached": "use them in the forward, do not detach what they make, or freeze them: requires_grad_(False)",
+    "no-gradient": "look for detach(), .data, no_grad() or item() between the parameters and the loss",
+    "nonfinite-gradient": "gradctl run --on-nonfinite stop {script}",
+    "nonfinite-loss": "gradctl run --on-nonfinite stop {script}",
+    "nonfinite-weight": "gradctl run --on-nonfinite stop {script}",
+    "not-seen": "gradctl run {script}",
+    "journal-damaged": "nothing to do for the run; keep the file if you report this",
+    "journal-newer": "read it with the gradctl that wrote it",
+    "ranks-differ": "look for no_sync(), or parameters that the data-parallel wrapper does not hold",
+    "rank-steps-differ": "give every rank the same number of batches (DistributedSampler, drop_last=True), or use Join",
+    "recorder-fault": "nothing to do for the script; please report it with the journal",
+    "saved-by-one": "torch.utils.checkpoint around {where} recomputes it in backward instead of keeping it",
+    "skipped-most": "lower GradScaler's init_scale, or train in bfloat16, which needs no scaler",
+    "skipped-steps": "look for overflowing activations; bfloat16 needs no scaler",
+    "torn-step": "switch gradients off and on between steps only, or use gradctl.off(strict=True)",
+    "unoptimized": "add them to the optimizer, or requires_grad_(False): their gradients are computed and thrown away",
+    "update-too-large": "lower the learning rate, or warm it up",
+    "update-too-small": "raise the learning rate",
+    "weights-before": "lower the learning rate, or warm it up",
+}
+
+
+def finding(
+    slug: str,
+    severity: Severity,
+    symptom: str,
+    why: str,
+    *,
+    confidence: float = 1.0,
+    parameters: tuple[str, ...] = (),
+    measured: dict[str, float] | None = None,
+    **words: str,
+) -> Finding:
+    """Make a finding with its line of the table.
+
+    Args:
+        slug: which line.
+        severity: how bad it is.
+        symptom: the claim, with a number.
+        why: why it matters.
+        confidence: from 0 to 1.
+        parameters: those concerned; the first 50 are kept.
+        measured: the numbers behind the claim.
+        words: what the line needs (`script`, `rank`, `where`).
+
+    Returns:
+        The finding.
+    """
+    fix = FIXES[slug]
+    for key, value in words.items():
+        fix = fix.replace("{" + key + "}", value)
+    return Finding(slug, severity, symptom, why, fix, confidence, None, (), parameters[:50], measured)

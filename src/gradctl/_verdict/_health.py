@@ -1,0 +1,390 @@
+"""Is training broken: non-finite values, parameters that are not reached or do not move, losses that blow up.
+
+Each rule looks at one optimizer and yields findings. A false alarm is worse than a miss: every rule that judges a
+tendency asks for a minimum of steps, and nothing is said against a loss alone unless it blew up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from statistics import median
+
+from gradctl._results import Finding, Severity
+from gradctl._verdict._facts import Facts
+from gradctl._verdict._fixes import finding
+from gradctl._verdict._loss import trend
+from gradctl._verdict._training import Training, command, real, short_name, texts, whole
+from gradctl._verdict._words import count, named, number, percent
+
+STEPS_TO_JUDGE = 50
+"""Tendencies of fewer steps are not judged."""
+ROWS_TO_JUDGE = 8
+FAST = 0.5
+"""Half of its own size a step: a weight that moves so far walks at random."""
+QUICK = 0.1
+BEFORE_A_FALL = 0.01
+"""Only where gradients did become non-finite: what moved more than this a step just before."""
+SLOW = 1e-7
+"""Below the resolution of float32: such an update rounds to nothing."""
+VANISHED = 1e-6
+
+
+def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
+    """NaN or inf in gradients, loss or weights: when, where, and whether it lasted."""
+    found = training.nonfinite
+    if found is None:
+        return
+    slug = f"nonfinite-{found.where}"
+    what = {"gradient": "Gradients", "loss": "The loss", "weight": "Weights"}[found.where]
+    be = ("became", "was") if found.where == "loss" else ("became", "were")
+    who = _who(facts, training)
+    names = f"{found.count} of {found.of} tensors at once: {named(found.names, found.count)}. " if found.names else ""
+    severity: Severity = "error"
+    if found.lasting:
+        symptom = f"{what} {be[0]} NaN or inf at step {found.first}{who}"
+        lost = training.steps - found.first
+        after = f"All {count(lost, 'later step')} are lost." if lost > 1 else "It was the last step."
+        if lost > 1 and 0 < found.share < 0.9:
+            after = f"{percent(found.share)} of the tensors are still NaN at the end."
+        why = f"{names}The update of that step poisoned the weights. {after}" if lost >= 1 else f"{names}{after}"
+    else:
+        often = f"{found.steps} of {count(training.steps, 'step')}"
+        symptom = f"{what} {be[1]} NaN or inf in {often}, first at step {found.first}{who}"
+        why = f"{names}Training recovered; a weight that took such an update would not have."
+        line_search = "LBFGS" in training.record.cls and found.where == "loss"
+        severity = "note" if line_search or training.skipped >= found.steps else "warning"
+    yield finding(
+        slug,
+        severity,
+        symptom,
+        why,
+        script=_script(facts),
+        parameters=found.names,
+        measured={"step": found.first, "steps": found.steps, "tensors": found.count},
+    )
+    if found.lasting and found.first > 3:
+        yield from _moved_before(training, found.first)
+
+
+def _moved_before(training: Training, step: int) -> Iterator[Finding]:
+    before = [r for r in training.rows if r.n < step][-5:]
+    ratios = training.ratios(before)
+    moved = sorted(((u, i) for i, u in ratios.items() if u > BEFORE_A_FALL), reverse=True)
+    if len(before) < 2 or len(ratios) < 2 or 2 * len(moved) < len(ratios):
+        return
+    worst = ", ".join(f"{training.name(i)} {percent(u)}" for u, i in moved[:2])
+    yield finding(
+        "weights-before",
+        "warning",
+        f"{len(moved)} of {len(ratios)} weight matrices moved more than 1 % of their own size a step just before",
+        f"Largest: {worst}.",
+        confidence=0.7,
+        parameters=tuple(training.name(i) for _, i in moved[:50]),
+        measured={"update_to_weight": moved[0][0]},
+    )
+
+
+def never_reached(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Parameters of an optimizer that no backward ever reached."""
+    lost, names = training.never
+    if not lost:
+        return
+    shown = tuple(short_name(n) for n in names)
+    if lost >= training.expected:
+        yield finding(
+            "no-gradient",
+            "error",
+            f"None of {count(training.expected, 'parameter')} ever got a gradient{_who(facts, training)}",
+            f"{count(training.steps, 'step')} of {training.record.cls} changed nothing.",
+            parameters=shown,
+            measured={"parameters": lost},
+        )
+        return
+    yield finding(
+        "never-reached",
+        "warning",
+        f"{lost} of {count(training.expected, 'parameter')} never got a gradient{_who(facts, training)}",
+        f"{named(shown, lost)}: held by the optimizer, and no loss reaches {'it' if lost == 1 else 'them'}.",
+        parameters=shown,
+        measured={"parameters": lost},
+    )
+
+
+def unoptimized(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Parameters that get gradients and that no optimizer holds; told once, with the main optimizer."""
+    told = training.journal.named("unoptimized")
+    if not told or training is not _first(facts, training):
+        return
+    names = tuple(short_name(n) for n in texts(told[-1].data.get("params")))
+    lost = whole(told[-1].data.get("count"), len(names)) or len(names)
+    if lost:
+        yield finding(
+            "unoptimized",
+            "warning",
+            f"{count(lost, 'parameter gets a gradient and is', 'parameters get a gradient and are')} in no optimizer",
+            f"{named(names, lost)}: no step changes {'it' if lost == 1 else 'them'}.",
+            parameters=names,
+            measured={"parameters": lost},
+        )
+
+
+def skipped(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Steps that the loss scaler skipped, beyond the few with which it finds its scale."""
+    lost, done = training.skipped, training.steps
+    if lost < 10 or lost <= 0.1 * (lost + done):
+        return
+    share = percent(lost / (lost + done))
+    if done <= lost and lost >= 20:
+        yield finding(
+            "skipped-most",
+            "error",
+            f"{share} of the steps were skipped by the loss scaler",
+            f"{lost} skipped, {done} taken: scaled gradients overflow.",
+            measured={"skipped": lost, "taken": done},
+        )
+    elif done >= STEPS_TO_JUDGE:
+        yield finding(
+            "skipped-steps",
+            "warning",
+            f"{share} of the steps were skipped by the loss scaler",
+            f"{lost} skipped, {done} taken. A scaler that has found its scale skips one step in thousands.",
+            measured={"skipped": lost, "taken": done},
+        )
+
+
+def loss(facts: Facts, training: Training) -> Iterator[Finding]:
+    """A loss that blew up; one that stays where it was is worth a note, no more."""
+    if training.nonfinite is not None and training.nonfinite.lasting:
+        return
+    seen = trend(training)
+    if seen is None or training.steps < 20:
+        return
+    path = f"{number(seen.first)} → {number(seen.last)}"
+    if seen.kind == "blew_up":
+        grown = _norm_growth(training)
+        # a critic's loss grows with the returns it learns: in a game only gradients that grow too are evidence
+        if len(facts.players) > 1 and grown < 100:
+            return
+        yield finding(
+            "loss-blew-up",
+            "error" if grown >= 100 else "warning",
+            f"The loss blew up: {path}, beyond its first range from step {seen.since} on",
+            f"The gradient norm grew {number(grown)} times." if grown > 1 else "",
+            confidence=0.9 if grown >= 100 else 0.6,
+            measured={"first": seen.first, "last": seen.last, "step": seen.since},
+        )
+    elif seen.kind == "flat" and len(facts.players) == 1:
+        yield finding(
+            "loss-flat",
+            "note",
+            f"The loss does not fall: {path} over {count(training.steps, 'step')}",
+            "A model that is already trained, a game and a policy gradient look like this too.",
+            confidence=0.4,
+            measured={"first": seen.first, "last": seen.last},
+        )
+
+
+def updates(facts: Facts, training: Training) -> Iterator[Finding]:
+    """How far one step moves the matrices; vectors born at zero move far in every healthy model and are not judged."""
+    rows = training.late_rows
+    if training.steps < STEPS_TO_JUDGE or len(rows) < ROWS_TO_JUDGE or training.nonfinite is not None:
+        return
+    rates = [max(r.lr) for r in rows if r.lr]
+    peak = max((max(r.lr) for r in training.rows if r.lr), default=0.0)
+    if rates and len(rates) == len(rows) and peak == 0.0:
+        yield finding(
+            "learning-rate-zero",
+            "error",
+            f"The learning rate was 0 in all of {count(training.steps, 'step')}",
+            "No weight was changed.",
+            measured={"learning_rate": 0.0},
+        )
+        return
+    # the end of a schedule is slow on purpose: only rows at a tenth of the peak or more are judged
+    lively = [r for r in rows if not r.lr or max(r.lr) >= 0.1 * peak]
+    if len(lively) < ROWS_TO_JUDGE:
+        return
+    ratios = training.ratios(lively)
+    if len(ratios) < 2:
+        return
+    fast = sorted(((u, i) for i, u in ratios.items() if u >= QUICK), reverse=True)
+    slow = sorted((u, i) for i, u in ratios.items() if 0 < u < SLOW)
+    if 2 * len(fast) > len(ratios):
+        wild = median(u for u, _ in fast) >= FAST
+        seen = trend(training)
+        learning = seen is not None and seen.kind == "falls"
+        yield finding(
+            "update-too-large",
+            "warning" if wild and not learning else "note",
+            f"{len(fast)} of {len(ratios)} weight matrices move more than {percent(QUICK)} of their own size a step",
+            f"Largest: {', '.join(f'{training.name(i)} {percent(u)}' for u, i in fast[:2])}.",
+            confidence=0.6,
+            parameters=tuple(training.name(i) for _, i in fast[:50]),
+            measured={"update_to_weight": fast[0][0]},
+        )
+    elif 2 * len(slow) > len(ratios):
+        typical = slow[len(slow) // 2][0]
+        yield finding(
+            "update-too-small",
+            "warning",
+            f"{len(slow)} of {len(ratios)} weight matrices hardly move: a step changes {number(typical)} of them",
+            "That is below the resolution of float32, so most of it rounds to nothing.",
+            confidence=0.7,
+            parameters=tuple(training.name(i) for _, i in slow[:50]),
+            measured={"update_to_weight": typical},
+        )
+
+
+def stall(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Updates of 16-bit weights that round to nothing."""
+    told = [e for e in training.journal.named("stall") if e.o in (None, training.id)]
+    if not told:
+        return
+    names = tuple(short_name(n) for n in texts(told[-1].data.get("params")))
+    lost = whole(told[-1].data.get("count"), len(names))
+    share = real(told[-1].data.get("share"))
+    if not lost:
+        return
+    part = "most" if share is None else percent(share)
+    yield finding(
+        "bf16-stall",
+        "warning" if share is None or share >= 0.5 else "note",
+        f"In {lost} of {count(training.tensors, '16-bit tensor')} {part} of the updates round to nothing",
+        f"{named(names, lost)}: a step is smaller than half of the gap between neighbouring 16-bit numbers.",
+        parameters=names,
+        measured=None if share is None else {"share": share},
+    )
+
+
+def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Gradients that are exactly zero to the end, or too small to matter beside the others."""
+    rows = training.late_rows
+    if training.steps < 20 or training.nonfinite is not None:
+        return
+    last_losses = [b.loss[0] for b in training.losses[-3:] if b.loss is not None]
+    solved = bool(last_losses) and all(v == 0.0 for v in last_losses)  # a hinge loss of 0 has nothing left to say
+    tail = max(20, training.steps // 5)
+    measured = [step for step, _ in training.measured]
+    if not solved and sum(step > training.steps - tail for step in measured) >= 3:
+        # the first two steps are left out: what is initialised to zero holds its neighbours at zero there
+        quiet = {i: since for i, since in training.zero_since.items() if training.steps - since + 1 >= tail}
+        matrices = [i for i in quiet if training.is_matrix(i)]
+        if quiet and len(matrices) < len([i for i in training.seen if training.is_matrix(i)]) + 1:
+            since = max(quiet.values())
+            always = since <= 3
+            names = tuple(training.name(i) for i in sorted(quiet)[:50])
+            yield finding(
+                "gradients-zero",
+                "warning" if matrices else "note",
+                f"{len(quiet)} of {training.tensors} tensors have a gradient of exactly zero"
+                + (" in every step" if always else f" since step {since}"),
+                f"{named(names, len(quiet))}: the loss no longer depends on {'it' if len(quiet) == 1 else 'them'}.",
+                confidence=0.8,
+                parameters=names,
+                measured={"tensors": len(quiet), "step": since},
+            )
+            return
+    if training.steps < STEPS_TO_JUDGE or len(rows) < ROWS_TO_JUDGE:
+        return
+    norms = {i: g for i, g in training.norms(rows).items() if training.is_matrix(i)}
+    top = max(norms.values(), default=0.0)
+    gone = [i for i, g in norms.items() if 0 < g < VANISHED * top]
+    if len(gone) >= 4 and 4 * len(gone) >= len(norms):
+        names = tuple(training.name(i) for i in gone[:50])
+        yield finding(
+            "gradients-vanish",
+            "warning",
+            f"Gradients vanish: {len(gone)} of {len(norms)} weight matrices get less than a millionth of the largest",
+            f"{named(names, len(gone))}.",
+            confidence=0.7,
+            parameters=names,
+            measured={"ratio": min(norms[i] for i in gone) / top},
+        )
+    dead = [r.dead for r in rows if r.dead is not None and math.isfinite(r.dead)]
+    if len(dead) >= ROWS_TO_JUDGE and median(dead) >= 0.8:
+        yield finding(
+            "dead-gradients",
+            "note",
+            f"{percent(median(dead))} of the gradient's entries are exactly zero",
+            "Sampled over all tensors. A large embedding looks like this; so do dead ReLUs.",
+            confidence=0.4,
+            measured={"share": median(dead)},
+        )
+
+
+def clipped(facts: Facts, training: Training) -> Iterator[Finding]:
+    """A clip that works on nearly every step sets the step size, which is worth knowing."""
+    found = training.clipping()
+    if found is None or found[0] < 100:
+        return
+    calls, hit, limit, mean = found
+    if hit >= 0.9 * calls:
+        yield finding(
+            "clipped-always",
+            "note",
+            f"{percent(hit / calls)} of the steps were clipped",
+            f"The limit is {number(limit)}, the mean norm before it {number(mean)}: the clip sets the step size.",
+            confidence=0.8,
+            measured={"share": hit / calls, "limit": limit, "mean_norm": mean},
+        )
+
+
+def accumulation(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Several backwards a step, as observed."""
+    told = [e for e in training.journal.named("accumulation") if e.o in (None, training.id)]
+    if not told or training.id != (facts.training.id if facts.training else None):
+        return
+    each = whole(told[-1].data.get("microbatches"), 0)
+    if each > 1:
+        since = whole(told[-1].data.get("since"), 1)
+        yield finding(
+            "accumulation",
+            "note",
+            f"Each step adds up {each} backward passes" + (f" since step {since}" if since > 1 else ""),
+            "The loss is shown as each of them was passed to backward.",
+            measured={"microbatches": each},
+        )
+
+
+RULES: tuple[Callable[[Facts, Training], Iterator[Finding]], ...] = (
+    nonfinite,
+    never_reached,
+    unoptimized,
+    skipped,
+    loss,
+    updates,
+    stall,
+    zeros,
+    clipped,
+    accumulation,
+)
+
+
+def _first(facts: Facts, training: Training) -> Training:
+    return next(found[0] for journal, found in facts.by_rank if journal is training.journal)
+
+
+def _norm_growth(training: Training) -> float:
+    totals = [b.norm[0] for b in training.blocks if b.norm is not None and math.isfinite(b.norm[0])]
+    if len(totals) < 4:
+        totals = [r.tot for r in training.rows if r.tot is not None and math.isfinite(r.tot)]
+    if len(totals) < 4:
+        return 0.0
+    edge = max(1, len(totals) // 10)
+    first = median(totals[:edge])
+    return median(totals[-edge:]) / first if first > 0 else 0.0
+
+
+def _script(facts: Facts) -> str:
+    return short_name(command(facts.record)) or "train.py"
+
+
+def _who(facts: Facts, training: Training) -> str:
+    """Which optimizer or rank, where a sentence could mean several."""
+    words: list[str] = []
+    if len(facts.players) > 1:
+        words.append(f"{training.record.cls or 'optimizer'} {training.id}")
+    if facts.several and training.journal is not facts.main:
+        words.append(f"rank {training.journal.rank}")
+    return f" ({', '.join(words)})" if words else ""

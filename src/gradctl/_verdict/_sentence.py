@@ -1,0 +1,137 @@
+"""The verdict in one sentence: is it broken, since when, where; else that it works, as far as that was seen."""
+
+from __future__ import annotations
+
+from gradctl._results import Finding
+from gradctl._verdict._facts import Facts
+from gradctl._verdict._statement import Level
+from gradctl._verdict._training import Training, short_name
+from gradctl._verdict._whole import missed
+from gradctl._verdict._words import count, number
+
+INTERRUPTS = ("KeyboardInterrupt", "SystemExit")
+
+
+def sentence(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
+    """Return the sentence and its level.
+
+    The first clause is about gradients: the worst finding, or that all is well. A run that did not end by itself says
+    so in a second clause.
+    """
+    if facts.record is None and facts.training is None:
+        return "The journal holds no run: nothing was recorded.", "warning"
+    body, level = _body(facts, findings)
+    how, ended = _ending(facts)
+    if not how:
+        return f"{body}.", level
+    worst = max(level, ended, key=_order)
+    alone = facts.training is None or (level in ("good", "note") and _order(ended) >= _order("warning"))
+    if alone and not _off(facts):
+        return f"{how[0].upper()}{how[1:]}.", worst
+    return f"{body}; {how}.", worst
+
+
+def _order(level: Level) -> int:
+    return ("good", "note", "warning", "error").index(level)
+
+
+def _body(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
+    if _off(facts):
+        seen = facts.steps
+        return "Gradients were off for the whole run" + (
+            f"; {count(seen, 'optimizer step')} changed nothing" if seen else ""
+        ), "note"
+    level = _level(findings)
+    lead = findings[0] if findings and findings[0].severity != "note" else None
+    bad = next((t for _, ts in facts.by_rank for t in ts if t.nonfinite is not None and t.nonfinite.lasting), None)
+    if bad is not None and bad.nonfinite is not None and lead is not None and lead.slug.startswith("nonfinite"):
+        return _nonfinite(bad), level
+    if facts.training is None:
+        lost = missed(facts)
+        return (f"Training was not seen: {lost[0][0]}", "warning") if lost else (_nothing(facts), "note")
+    if lead is not None:
+        return lead.symptom, level
+    return _well(facts, findings), level
+
+
+def _level(findings: tuple[Finding, ...]) -> Level:
+    for severity in ("error", "warning", "note"):
+        if any(f.severity == severity for f in findings):
+            # a tip alone does not make a healthy run less than good
+            return "good" if severity == "note" else severity
+    return "good"
+
+
+def _nonfinite(training: Training) -> str:
+    found = training.nonfinite
+    assert found is not None
+    what = {"gradient": "Gradients", "loss": "The loss", "weight": "Weights"}[found.where]
+    start = f"{what} became NaN at step {found.first}"
+    if training.steps <= found.first:
+        return f"{start}, the last one"
+    if found.share >= 0.9 or found.share == 0.0:
+        return f"{start}; nothing was learned after it"
+    return f"{start} and part of the model stayed so"
+
+
+def _nothing(facts: Facts) -> str:
+    backwards = sum(j.end.backwards for j in facts.run.journals if j.end)
+    if backwards:
+        return f"No training step was seen, only {count(backwards, 'backward')}"
+    return "No training step and no backward was seen"
+
+
+def _well(facts: Facts, findings: tuple[Finding, ...]) -> str:
+    steps, reached = facts.steps, [t.reached for t in facts.trainings]
+    slugs = {f.slug for f in findings}
+    odd = next((f for f in findings if f.slug in ("gradients-zero", "update-too-large", "bf16-stall")), None)
+    if odd is not None:
+        return odd.symptom
+    if not any(r is not None for r in reached):
+        return f"{count(steps, 'step')} {'was' if steps == 1 else 'were'} recorded; gradients were not measured"
+    body = "Gradients reach every parameter"
+    if steps < 5:
+        return f"{body} in the {'one step that was' if steps == 1 else f'{steps} steps that were'} seen"
+    trend = facts.trend
+    if trend is not None and trend.kind == "falls" and trend.last == trend.last:
+        return f"{body} and the loss falls"
+    if "loss-flat" in slugs and trend is not None:
+        return f"{body}; the loss stays at {number(trend.last)}"
+    return body
+
+
+def _off(facts: Facts) -> bool:
+    return facts.record is not None and facts.record.grad == "off"
+
+
+def _ending(facts: Facts) -> tuple[str, Level]:
+    """How the run ended, as a clause; empty when it ended by itself and well."""
+    if facts.still_running:
+        return f"it is still running, {count(facts.steps, 'step')} so far", "good"
+    after = f" after {count(facts.steps, 'step')}" if facts.training else " before any step"
+    failure = facts.failure
+    if failure is not None and failure.type and failure.type not in INTERRUPTS:
+        name = short_name(failure.type.rpartition(".")[2])
+        where = f" at {failure.span}" if failure.span else ""
+        who = "the script" if failure.rank is None else f"rank {failure.rank}"
+        if name == "NonFiniteGradient":
+            return f"it was stopped{where} before the update", "error"
+        if name == "BackwardRefused":
+            return f"backward was refused{where}", "error"
+        return f"{who} raised {name}{where}{after}", "error"
+    if failure is not None and failure.type == "KeyboardInterrupt":
+        return f"it was interrupted by hand{after}", "note"
+    silent = [j for j in facts.ranks if j.end is None]
+    if facts.end is None and facts.process is not None:
+        return f"the script stopped{_at(facts)} without saying goodbye", "warning"
+    if silent and facts.several:
+        ranks = ", ".join(str(j.rank) for j in silent[:8])
+        return f"rank{'s' if len(silent) > 1 else ''} {ranks} stopped without saying goodbye", "warning"
+    code = facts.end.code if facts.end else None
+    if code:
+        return f"the script exited with code {code}{after if facts.training else ''}", "warning"
+    return "", "good"
+
+
+def _at(facts: Facts) -> str:
+    return f" at step {facts.steps}" if facts.training else " before any step"
