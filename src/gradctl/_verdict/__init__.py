@@ -12,7 +12,19 @@ from gradctl._verdict._statement import Figure, Level, Verdict
 from gradctl._verdict._training import Training
 from gradctl._verdict._whole import Lateness, lateness, missed
 
-__all__ = ["Facts", "Failure", "Figure", "Lateness", "Level", "Training", "Verdict", "judge", "lateness", "missed"]
+__all__ = [
+    "Facts",
+    "Failure",
+    "Figure",
+    "Lateness",
+    "Level",
+    "Training",
+    "Verdict",
+    "judge",
+    "judge_facts",
+    "lateness",
+    "missed",
+]
 
 _ORDER = {"error": 0, "warning": 1, "note": 2}
 _OF_ONE_PLACE = ("never-reached", "no-gradient", "unoptimized")  # on pipelines each rank has its own
@@ -27,7 +39,18 @@ def judge(run: Run) -> Verdict:
     Returns:
         The sentence, the figures and the findings, worst first; of equal ones in the order of the rules.
     """
-    facts = Facts(run)
+    return judge_facts(Facts(run))
+
+
+def judge_facts(facts: Facts) -> Verdict:
+    """Judge facts that are at hand already; see `judge`.
+
+    Args:
+        facts: a run, read.
+
+    Returns:
+        What `judge` returns.
+    """
     findings = tuple(sorted(_findings(facts), key=lambda f: _ORDER.get(f.severity, 2)))
     words, level = sentence(facts, findings)
     training = facts.training

@@ -25,7 +25,7 @@ FIXES: dict[str, str] = {
     "nonfinite-gradient": "gradctl run --on-nonfinite stop {script}",
     "nonfinite-loss": "gradctl run --on-nonfinite stop {script}",
     "nonfinite-weight": "gradctl run --on-nonfinite stop {script}",
-    "not-seen": "gradctl run {script}",
+    "not-seen": "check by hand that weights change from one step to the next",
     "journal-damaged": "nothing to do for the run; keep the file if you report this",
     "journal-newer": "read it with the gradctl that wrote it",
     "ranks-differ": "look for no_sync(), or parameters that the data-parallel wrapper does not hold",

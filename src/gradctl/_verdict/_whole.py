@@ -11,7 +11,7 @@ from gradctl._results import Finding
 from gradctl._verdict._facts import Facts
 from gradctl._verdict._fixes import finding
 from gradctl._verdict._health import STEPS_TO_JUDGE
-from gradctl._verdict._training import Training, command, field, short_name
+from gradctl._verdict._training import Training, field, short_name
 from gradctl._verdict._words import count, milliseconds, percent, seconds, size
 
 SAVED_SHARE = 0.3
@@ -233,7 +233,6 @@ def not_seen(facts: Facts) -> Iterator[Finding]:
             "warning",
             f"Training was not seen: {what}",
             why,
-            script=short_name(command(facts.record)),
         )
 
 

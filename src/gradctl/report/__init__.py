@@ -1,0 +1,114 @@
+"""Faces of a run: terminal, HTML page, JSON. Draws what a journal and its verdict say and judges nothing; no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradctl._errors import UsageError
+from gradctl._journal import Run
+from gradctl.report._summary import summary
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gradctl._verdict import Verdict
+
+__all__ = ["draw_at_exit", "draw_terminal", "summary", "write_page"]
+
+PAGE = "report.html"
+
+
+def draw_terminal(run: Run, *, console: Console, page: Path | None = None) -> Verdict:
+    """Print what a run's gradients did, the verdict first.
+
+    Args:
+        run: a run directory, read.
+        console: where to print; plain text where it is no terminal.
+        page: the HTML page to name, if there is one.
+
+    Returns:
+        The verdict that was printed.
+    """
+    from gradctl.report import _terminal
+
+    return _terminal.draw(run, console=console, page=page)
+
+
+def write_page(run: Run, path: str | os.PathLike[str], *, force: bool = True) -> Path:
+    """Write the HTML page, whole or not at all, readable by its owner only.
+
+    Args:
+        run: a run directory, read.
+        path: the file.
+        force: replace a file that is there.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: the file exists and `force` is not given, or it cannot be written.
+    """
+    from gradctl._verdict import judge
+    from gradctl.report import _page
+
+    target = Path(path)
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists and is not overwritten", fix="name another file, or give --force")
+    # text that UTF-8 cannot hold may stand in a journal: a lone surrogate in a parameter's name
+    data = _page.render(run, judge(run)).encode("utf-8", "replace")
+    try:
+        _replace(target, data)
+    except OSError as error:
+        raise UsageError(f"cannot write {target}", why=error.strerror or str(error)) from error
+    return target
+
+
+def _replace(target: Path, data: bytes) -> None:
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)  # /dev/stdout, a pipe: there is nothing to replace
+        return
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=target.parent)  # created with mode 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def draw_at_exit(run_dir: str | os.PathLike[str], *, quiet: bool = False, html: bool = True) -> None:
+    """Draw a run that has just ended: the page, then the summary on stderr. Never raises.
+
+    The caller bounds the time and has waited for the other ranks.
+
+    Args:
+        run_dir: the run directory.
+        quiet: print nothing, not even that something failed.
+        html: write `report.html`, replacing one that is there.
+    """
+    from rich.console import Console
+
+    try:
+        run = Run.load(run_dir)
+        page = write_page(run, Path(run_dir) / PAGE) if html else None
+    except Exception as error:
+        run, page = None, None
+        _complain(run_dir, error, quiet=quiet)
+    try:
+        run = run or Run.load(run_dir)
+        if not quiet:
+            draw_terminal(run, console=Console(stderr=True, highlight=False), page=page)
+    except Exception as error:
+        _complain(run_dir, error, quiet=quiet)
+
+
+def _complain(run_dir: str | os.PathLike[str], error: Exception, *, quiet: bool) -> None:
+    if quiet:
+        return
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    print(f"gradctl: no report of {os.fspath(run_dir)}: {reason}", file=sys.stderr)
