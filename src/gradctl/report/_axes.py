@@ -75,8 +75,13 @@ def step_ticks(last: int, most: int = 4) -> list[int]:
     """Return at most `most` step numbers for an axis from step 1 to `last`: round ones, and the last step."""
     if last <= most:
         return list(range(1, last + 1))
-    inner = [int(t) for t in linear_ticks(0, last, most) if t == int(t) and 0 < t < 0.88 * last]
-    return [*inner[-(most - 1) :], last]
+    for power in range(len(str(last)) + 1):
+        for factor in (10, 20, 25, 50):
+            gap = factor * 10**power // 10
+            inner = range(gap, math.ceil(0.9 * last), gap)
+            if len(inner) < most and gap * 10 == factor * 10**power:
+                return [*inner, last]
+    raise AssertionError("unreachable: a gap above the last step leaves no tick between")
 
 
 def fit(values: Iterable[float], start: float, end: float, *, keep: Sequence[float] = ()) -> tuple[Scale, bool, bool]:
@@ -121,35 +126,25 @@ def quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def short(value: float | None) -> str:
-    """Write a number with three significant digits: `4.43`, `0.0003`, `1.63e4`, `NaN`."""
+    """Write a number with three significant digits: `4.43`, `0.0003`, `1.63e+04`, `NaN`."""
     if value is None:
         return "–"
     if math.isnan(value):
         return "NaN"
-    if math.isinf(value):
-        return "inf" if value > 0 else "−inf"
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if 1e-4 <= size < 99_950:
-        digits = max(0, 2 - math.floor(math.log10(size) + 1e-12))
-        text = f"{size:.{digits}f}" if size < 999.5 else f"{size:.0f}"
-        text = text.rstrip("0").rstrip(".") if "." in text and size < 1e-2 else text
-    else:
-        mantissa, _, exponent = f"{size:.2e}".partition("e")
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    text = f"{abs(value):.3g}"
     return f"−{text}" if value < 0 else text
 
 
 def tick_text(value: float) -> str:
-    """Write an axis label without trailing zeros: `100`, `0.5`, `1e-6`."""
+    """Write an axis label that is short enough for the gutter: `100`, `0.5`, `1e4`, `1e-6`."""
     size = abs(value)
     if value == 0:
         return "0"
-    if 1e-3 <= size < 1e5:
-        return f"{value:.6g}".replace("-", "−")
+    sign = "−" if value < 0 else ""
+    if 1e-3 <= size < 1e4:
+        return f"{sign}{size:.5g}"
     mantissa, _, exponent = f"{size:.2e}".partition("e")
-    return f"{'−' if value < 0 else ''}{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return f"{sign}{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def count_text(number: int) -> str:
@@ -177,6 +172,8 @@ def seconds_text(seconds: float) -> str:
 
 def milliseconds_text(milliseconds: float) -> str:
     """Write a time in milliseconds: `0.31 ms`, `3.1 ms`, `319 ms`, `12.0 s`."""
+    if milliseconds <= 0:
+        return "0 ms"
     if milliseconds >= 9_995:
         return f"{milliseconds / 1000:.1f} s"
     return f"{milliseconds:.{2 if milliseconds < 0.995 else 1 if milliseconds < 99.5 else 0}f} ms"

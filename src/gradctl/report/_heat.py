@@ -1,12 +1,11 @@
 """The heat map of layers by steps: which tensors make a row, what a cell is worth, which colour it gets.
 
-Cells are the largest gradient norm in their stretch of steps. A stretch without a measurement repeats the one before it,
-NaN included: a dead run that is rarely measured must not look half healthy.
+Cells are the largest gradient norm in their stretch of steps. A stretch without a measurement repeats the one before
+it, NaN included: a dead run that is rarely measured must not look half healthy.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -23,11 +22,10 @@ LEVELS = 60
 NONE, ZERO, NONFINITE, FIRST_LEVEL = 0, 1, 2, 3
 ZERO_COLOUR: Colour = (122, 124, 130)
 NONFINITE_COLOUR: Colour = (222, 48, 48)
-ABSOLUTE = ramp(
-    [(20, 28, 76), (40, 84, 148), (36, 128, 142), (84, 178, 126), (206, 214, 92), (252, 246, 206)], LEVELS
-)
+ABSOLUTE = ramp([(20, 28, 76), (40, 84, 148), (36, 128, 142), (84, 178, 126), (206, 214, 92), (252, 246, 206)], LEVELS)
 RELATIVE = ramp(
-    [(24, 64, 150), (92, 146, 210), (190, 212, 232), (244, 243, 238), (246, 200, 158), (226, 118, 58), (150, 42, 14)], LEVELS
+    [(24, 64, 150), (92, 146, 210), (190, 212, 232), (244, 243, 238), (246, 200, 158), (226, 118, 58), (150, 42, 14)],
+    LEVELS,
 )
 
 
@@ -155,7 +153,9 @@ def brackets_of(labels: Sequence[str]) -> tuple[Bracket, ...]:
         rest = path[shared:]
         numbered = next((k for k, part in enumerate(rest[:3]) if part.isdigit()), 0)
         keys.append(".".join(rest[: numbered + 1]))
-    while shared < 12 and len(keys) > 1 and len(set(keys)) > 1:  # "transformer.h.0" beside "transformer.wte" reads as "h.0"
+    while (
+        shared < 12 and len(keys) > 1 and len(set(keys)) > 1
+    ):  # "transformer.h.0" beside "transformer.wte" reads as "h.0"
         heads = {key.split(".")[0] for key in keys if "." in key}
         if len(heads) != 1 or not all("." in key for key in keys):
             break
@@ -167,11 +167,6 @@ def brackets_of(labels: Sequence[str]) -> tuple[Bracket, ...]:
         brackets.append(Bracket(key, row, rows))
         row += rows
     return tuple(brackets)
-
-
-def collapsed(name: str) -> str:
-    """Replace the numbers of a module path by `*`: `h.11.mlp` becomes `h.*.mlp`."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
 def _by_prefix(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, list[int]]]:

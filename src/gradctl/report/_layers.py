@@ -102,7 +102,7 @@ def table(seen: Trace) -> LayerTable | None:
                 norm=short(float(medians[k])) if math.isfinite(medians[k]) else "",
                 norm_value=float(f"{medians[k]:.4g}") if math.isfinite(medians[k]) else None,
                 flag=flags[k],
-                spark=Markup(spark_data(curves[k], SPARK_WIDTH, SPARK_HEIGHT)) if k in curves else Markup(),  # noqa: S704  digits only
+                spark=Markup(spark_data(curves[k], SPARK_WIDTH, SPARK_HEIGHT)) if k in curves else Markup(),
                 update=short(ratio) if math.isfinite(ratio) else "",
                 update_value=float(f"{ratio:.4g}") if math.isfinite(ratio) else None,
                 place=_place(ratio),

@@ -8,21 +8,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from gradctl._journal import Run
-from gradctl._verdict import Verdict
-from gradctl.report import _chart, _heat, _layers, _sections
+from gradctl._verdict import Facts, Verdict, lateness
+from gradctl.report import _chart, _heat, _layers, _processes, _sections
 from gradctl.report._axes import count_text, milliseconds_text
-from gradctl.report._chart import shortened
+from gradctl.report._lanes import Bad
 from gradctl.report._series import Trace, time_split, trace
+from gradctl.report._svg import shortened
 
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""Control characters and lone surrogates: HTML cannot hold them, UTF-8 cannot write them."""
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+"""Control characters, overrides of the reading direction, and surrogates: no name needs them, UTF-8 lacks the last."""
 
 
 def render(run: Run, verdict: Verdict) -> str:
@@ -38,22 +41,19 @@ def render(run: Run, verdict: Verdict) -> str:
     chosen = verdict.stages or (() if verdict.main_optimizer is None else (verdict.main_optimizer,))
     seen = trace(main, chosen) if main is not None and chosen else None
     seen = seen if seen is not None and seen.last_step > 0 else None
-    late = frozenset(
-        int(finding.measured["rank"])
-        for finding in verdict.findings
-        if finding.slug == "late-rank" and finding.measured and "rank" in finding.measured
-    )
-    ranks = _sections.ranks(run, main, chosen, late)
+    whole = Facts(run)
+    late = lateness(whole)
+    ranks = _processes.ranks(whole.ranks, chosen, late.rank if late else None)
     command, facts = _sections.meta(run, main, len(ranks))
     script = _resource("page.js")
     page = _environment().get_template("page.html.j2").render(
         command=command,
         facts=facts,
         verdict=verdict,
-        chart=_draw(seen, verdict) if seen and main else None,
+        chart=_draw(seen, verdict, whole) if seen and main else None,
         run_note=_run_note(seen, verdict),
         ranks=ranks,
-        others=_sections.others(run, main, chosen) if seen else (),
+        others=_processes.others(run, main, chosen) if seen else (),
         main_label=_main_label(seen),
         split=time_split(seen.blocks) if seen else None,
         gpu=bool(main and main.run and main.run.device not in ("", "cpu")),
@@ -62,31 +62,38 @@ def render(run: Run, verdict: Verdict) -> str:
         layers=_layers.table(seen) if seen else None,
         layers_note=_layers_note(seen),
         footer=_sections.footer(run, main),
-        css=Markup(_resource("page.css")),  # noqa: S704  our own file
-        js=Markup(script),  # noqa: S704  our own file
+        css=Markup(_resource("page.css")),
+        js=Markup(script),
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     return UNPRINTABLE.sub("\ufffd", page)
 
 
-def _draw(seen: Trace, verdict: Verdict) -> _chart.Chart:
+def _draw(seen: Trace, verdict: Verdict, whole: Facts) -> _chart.Chart:
+    found = whole.training.nonfinite if whole.training and whole.training.id == verdict.main_optimizer else None
+    bad = Bad(verdict.first_bad_step, 1, lasting=False) if verdict.first_bad_step else None
+    if bad and found:
+        bad = Bad(bad.first, found.steps, found.lasting)
     heat = _heat.build(seen.names, seen.samples, seen.last_step)
     events = verdict.main.events if verdict.main else ()
-    return _chart.draw(seen, events, bad_step=verdict.first_bad_step, heat=heat)
+    return _chart.draw(seen, events, bad=bad, heat=heat)
 
 
 def _run_note(seen: Trace | None, verdict: Verdict) -> str:
     if seen is None:
         if verdict.main is None or verdict.main.run is None:
             return "The journal holds no record of a run. There is nothing to draw."
-        return "No training step was seen, so there is nothing to draw here. What could not be seen is at the end of the page."
+        return "No training step was seen: there is nothing to draw. What could not be seen is at the end of the page."
     parts: list[str] = []
     if seen.by_backward:
         parts.append("No optimizer was seen: each backward counts as a step.")
     if len(seen.optimizers) > 1:
         parts.append(f"{len(seen.optimizers)} optimizers step together and are drawn as one.")
     if len(seen.samples.first):
-        parts.append("Everything shares one step axis. Each heat-map cell is the largest value in its block of steps, so a single spike cannot hide.")
+        parts.append(
+            "Everything shares one step axis. Each heat-map cell is the largest value in its block of steps, so a"
+            " single spike cannot hide."
+        )
     return " ".join(parts) or "Everything shares one step axis."
 
 
@@ -105,16 +112,23 @@ def _layers_note(seen: Trace | None) -> str:
         return ""
     parts = ["Median over the sampled steps, curves on their own scale."]
     if shown.any_update:
-        parts.append("An update moves a healthy matrix by 5e-5 to 1e-2 of its size, the green band. Vectors, grey, start near zero and may move more.")
+        parts.append(
+            "An update moves a healthy matrix by 5e-5 to 1e-2 of its size, the green band. Vectors, grey, start near"
+            " zero and may move more."
+        )
     return " ".join([*parts, _layers.shape_note(shown)]).strip()
 
 
-def prose(words: str) -> Markup:
-    """Escape text and set what stands between backticks as code."""
-    pieces = str(words).split("`")
-    if len(pieces) % 2 == 0:
-        return escape(words)
-    return Markup().join(Markup("<code>{}</code>").format(piece) if k % 2 else escape(piece) for k, piece in enumerate(pieces))
+def prose(words: str, names: Sequence[str] = ()) -> Markup:
+    """Escape text, and set as code the `names` in it and what stands between backticks."""
+    known = sorted({name for name in names[:50] if len(name) > 1}, key=len, reverse=True)
+    pattern = "|".join([r"`([^`]+)`", *(rf"(?<![\w.]){re.escape(name)}(?![\w])" for name in known)])
+    parts: list[Markup] = []
+    end = 0
+    for found in re.finditer(pattern, words):
+        parts += [escape(words[end : found.start()]), Markup("<code>{}</code>").format(found[1] or found[0])]
+        end = found.end()
+    return Markup().join([*parts, escape(words[end:])])
 
 
 @cache
@@ -126,7 +140,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"ms": milliseconds_text, "prose": prose, "shortened": shortened}
+    filters: dict[str, Any] = environment.filters  # typed after the built-in ones
+    filters |= {"ms": milliseconds_text, "prose": prose, "shortened": shortened}
     return environment
 
 

@@ -44,9 +44,7 @@ def ramp(stops: Sequence[Colour], count: int) -> list[Colour]:
         place = k / max(1, count - 1) * (len(stops) - 1)
         index = min(int(place), len(stops) - 2)
         share = place - index
-        red, green, blue = (
-            round(a + (b - a) * share) for a, b in zip(stops[index], stops[index + 1], strict=True)
-        )
+        red, green, blue = (round(a + (b - a) * share) for a, b in zip(stops[index], stops[index + 1], strict=True))
         colours.append((red, green, blue))
     return colours
 

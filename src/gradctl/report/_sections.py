@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 
 import numpy as np
 from markupsafe import Markup
 
 from gradctl._journal import Journal, Run
-from gradctl.report._axes import Scale, bytes_text, count_text, seconds_text, short, step_ticks
-from gradctl.report._chart import shortened
-from gradctl.report._series import Curve, TimeSplit, Trace, time_split, trace
-from gradctl.report._svg import element, group, line, text
+from gradctl.report._axes import Scale, bytes_text, count_text, seconds_text, step_ticks
+from gradctl.report._processes import ended
+from gradctl.report._series import Trace
+from gradctl.report._svg import element, line, text
 
 MOST_PLACES = 8
 ENOUGH_PAIRS = 20
 """Cosines scatter by 0.2: a median of fewer than this many says nothing."""
 MOST_DOTS = 400
+FEWEST_PAIRS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,14 @@ def saved_table(journal: Journal) -> SavedTable | None:
     if left or (size > 0.005 * saved.total and size > 0):
         noun = ("line" if saved.method == "hooks" else "op") + ("s" if len(left) != 1 else "")
         count = max(0, saved.count - sum(c for _, (_, c, _) in ordered[:MOST_PLACES]))
-        rest = Place(f"{len(left)} more {noun}" if left else "the rest", "", "", count, bytes_text(size), round(min(1.0, size / largest) * 100, 1))
+        rest = Place(
+            f"{len(left)} more {noun}" if left else "the rest",
+            "",
+            "",
+            count,
+            bytes_text(size),
+            round(min(1.0, size / largest) * 100, 1),
+        )
     return SavedTable(bytes_text(saved.total), saved.n, saved.method == "hooks", shown, rest)
 
 
@@ -97,9 +103,9 @@ class Agreement:
 
 
 def agreement(seen: Trace) -> Agreement | None:
-    """Draw the cosines between gradients of neighbouring steps, or return None when none was sampled."""
+    """Draw the cosines between gradients of neighbouring steps, or return None when hardly any was sampled."""
     steps, values = (seen.cosine[0], seen.cosine[1]) if seen.cosine.size else (np.empty(0), np.empty(0))
-    if not len(steps):
+    if len(steps) < FEWEST_PAIRS:
         return None
     late = [float(v) for s, v in zip(steps, values, strict=True) if s > seen.last_step / 2]
     keep = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_DOTS)).astype(int))
@@ -108,167 +114,42 @@ def agreement(seen: Trace) -> Agreement | None:
     parts: list[Markup] = [element("title", "Cosine between the gradients of neighbouring steps, by step")]
     for tick in (1.0, 0.5, 0.0, *((-0.5,) if low < -0.45 else ())):
         y = down(tick)
-        parts += [line(44, y, 506, y, "axis" if tick == 0 else "grid"), text(f"{tick:g}".replace("-", "−"), 34, y + 4, anchor="end")]
+        parts += [
+            line(44, y, 506, y, "axis" if tick == 0 else "grid"),
+            text(f"{tick:g}".replace("-", "−"), 34, y + 4, anchor="end"),
+        ]
     for tick in step_ticks(seen.last_step):
         end = tick == seen.last_step and seen.last_step > 12
         parts.append(text(count_text(tick), across(float(tick)), 172, anchor="end" if end else "middle"))
     parts += [
         element("circle", cx=across(float(steps[k])), cy=down(float(values[k])), r=2.4, class_="dot") for k in keep
     ]
-    svg = element("svg", *parts, class_="chart", viewBox="0 0 516 180", role="img", aria_label="Cosine between neighbouring steps")
+    svg = element(
+        "svg", *parts, class_="chart", viewBox="0 0 516 180", role="img", aria_label="Cosine between neighbouring steps"
+    )
     return Agreement(svg, _agreement_sentence(late, len(values)))
 
 
 def _agreement_sentence(late: Sequence[float], pairs: int) -> str:
     if len(late) < ENOUGH_PAIRS:
         return (
-            f"{count_text(pairs)} pair{'s' if pairs != 1 else ''} of neighbouring steps {'were' if pairs != 1 else 'was'} sampled,"
-            f" {len(late)} of them in the second half. Single values scatter by 0.2: too few to read the batch size from."
+            f"{count_text(pairs)} pairs of neighbouring steps were sampled, {len(late)} of them in the second half."
+            " Single values scatter by 0.2: too few to read the batch size from."
         )
     middle = median(late)
     quoted = f"Median cosine {middle:.2f} in the second half".replace("-", "−")
     if middle <= 0.05:
-        return f"{quoted}: one step says almost nothing about the next. The noise of a gradient is far above its signal, and a larger batch averages it away."
+        return (
+            f"{quoted}: one step says almost nothing about the next. The noise of a gradient is far above its signal,"
+            " and a larger batch averages it away."
+        )
     noise = 1 / middle - 1
     if noise < 0.5:
-        return f"{quoted}: the noise scale is about {noise:.1f} of your batch. Batches agree already; a larger one would change little."
-    return f"{quoted}: the noise scale is about {noise:.1f} times your batch. Batches up to about that size should still pay for themselves."
-
-
-@dataclass(frozen=True, slots=True)
-class RankRow:
-    """One process of a run that has several."""
-
-    rank: int
-    process: str
-    steps: str
-    ended: str
-    split: TimeSplit | None
-    step: str
-    loss: str
-    deviation: str
-    late: bool
-
-
-def ranks(run: Run, main: Journal | None, optimizers: Sequence[int], late: frozenset[int]) -> tuple[RankRow, ...]:
-    """Return one row a rank when there are several; `late` are the ranks that the verdict says others wait for."""
-    group = run.children if main is not None and main.is_child else run.ranks
-    by_rank: dict[int, Journal] = {}
-    for journal in group:
-        number = journal.run.rank if journal.run and journal.is_child else journal.rank
-        by_rank.setdefault(number, journal)
-    world = max((j.run.world_size for j in by_rank.values() if j.run), default=1)
-    if len(by_rank) < 2 and world < 2:
-        return ()
-    traces = {number: trace(journal, _stepping(journal, optimizers)) for number, journal in sorted(by_rank.items())}
-    deviations = _deviations({number: seen.loss for number, seen in traces.items()})
-    rows: list[RankRow] = []
-    for number in sorted({*traces, *range(min(world, 64))}):
-        journal, seen = by_rank.get(number), traces.get(number)
-        if journal is None or seen is None:
-            rows.append(RankRow(number, "", "", "left no journal", None, "", "", "", False))
-            continue
-        split = time_split(seen.blocks)
-        rows.append(
-            RankRow(
-                rank=number,
-                process=f"{journal.run.host} · pid {journal.pid}" if journal.run and journal.run.host else f"pid {journal.pid}",
-                steps=count_text(seen.last_step),
-                ended=ended(journal),
-                split=split,
-                step=f"{split.step:.1f}" if split else "",
-                loss=short(seen.loss.last) if seen.loss.seen else "",
-                deviation=deviations.get(number, ""),
-                late=number in late,
-            )
-        )
-    return tuple(rows)
-
-
-def _stepping(journal: Journal, optimizers: Sequence[int]) -> Sequence[int]:
-    if any(o in journal.optimizers for o in optimizers[:1]):
-        return optimizers
-    return sorted(journal.optimizers, key=lambda o: -journal.optimizers[o].numel)[:1]
-
-
-def _deviations(losses: dict[int, Curve]) -> dict[int, str]:
-    curves = {number: curve for number, curve in losses.items() if curve.seen}
-    if len(curves) < 2:
-        return {}
-    first = max(float(c.x[0]) for c in curves.values())
-    last = min(float(c.x[-1]) for c in curves.values())
-    if last < first:
-        return {}
-    grid = np.linspace(first, last, 200)
-    table: dict[int, np.ndarray] = {}
-    for number, curve in curves.items():
-        good = np.isfinite(curve.y)
-        table[number] = np.interp(grid, curve.x[good], np.clip(curve.y[good], -1e150, 1e150))
-    centre = np.mean(list(table.values()), axis=0)
-    scale = float(np.mean(np.abs(centre)))
-    found: dict[int, str] = {}
-    for number, values in table.items():
-        apart = float(np.mean(values - centre)) / scale * 100 if scale > 0 else 0.0
-        found[number] = f"{apart:+.1f} %".replace("-", "−") if abs(apart) < 1e4 else "far off"
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class OtherRow:
-    """An optimizer or a child process that the page is not about."""
-
-    what: str
-    modules: str
-    tensors: str
-    steps: str
-    loss: str
-    norm: str
-    spark: str
-
-
-def others(run: Run, main: Journal | None, optimizers: Sequence[int]) -> tuple[OtherRow, ...]:
-    """Return the main journal's other optimizers, then the children that trained something."""
-    rows: list[OtherRow] = []
-    if main is None:
-        return ()
-    for o in sorted(main.optimizers):
-        if o not in optimizers:
-            rows.append(_other(main, o, ""))
-    for child in run.children:
-        if child is not main and not main.is_child:
-            rows += [_other(child, o, f" in child {child.pid}") for o in sorted(child.optimizers)[:4]]
-    return tuple(rows[:40])
-
-
-def _other(journal: Journal, o: int, where: str) -> OtherRow:
-    from gradctl.report._svg import spark_data
-
-    seen = trace(journal, [o])
-    record = seen.optimizers[0]
-    curve = seen.norm.thinned(36, max(1, seen.last_step))
-    points = [math.log10(v) if v > 0 else math.nan for v in (float(v) for v in curve.y)]
-    return OtherRow(
-        what=f"{'backwards, no optimizer' if seen.by_backward else record.cls or 'optimizer'}{where}",
-        modules=", ".join(shortened(name, 60) for name, _ in record.roots[:3]),
-        tensors=count_text(len(seen.names)),
-        steps=count_text(seen.last_step),
-        loss=f"{short(seen.loss.first)} → {short(seen.loss.last)}" if seen.loss.seen else "–",
-        norm=f"{short(seen.norm.first)} → {short(seen.norm.last)}" if seen.norm.seen else "–",
-        spark=spark_data(points, 90, 18),
+        return f"{quoted}: batches agree already, and a larger one would change little."
+    return (
+        f"{quoted}: the noise scale is about {noise:.1f} times your batch. Batches up to about that size should still"
+        " pay for themselves."
     )
-
-
-def ended(journal: Journal) -> str:
-    """Say how a process ended: `exit 0`, `ValueError, exit 1`, `no end record`."""
-    end = journal.end
-    if end is None:
-        return "no end record"
-    if end.exc:
-        name = shortened(str(end.exc.get("type") or "exception"), 60)
-        return f"{name}, exit {end.code}" if end.code is not None else name
-    if end.how == "stopped":
-        return "recording stopped"
-    return f"exit {end.code}" if end.code is not None else end.how or "ended"
 
 
 def meta(run: Run, main: Journal | None, ranks_seen: int) -> tuple[str, list[str]]:
@@ -276,9 +157,7 @@ def meta(run: Run, main: Journal | None, ranks_seen: int) -> tuple[str, list[str
     if main is None or main.run is None:
         return run.directory.name, ["the journal has no first line"]
     record = main.run
-    words: list[str] = []
-    for word in record.argv or (record.script,):
-        words.append(shlex.quote(word) if word else "''")
+    words = [shlex.quote(word) for word in record.argv or (record.script,)]
     wall = main.end.wall if main.end else max((b.t for b in main.blocks), default=0.0)
     facts = [ended(main), seconds_text(wall) if wall > 0 else "", f"torch {record.torch}" if record.torch else ""]
     facts.append(record.device if record.device not in ("", "cpu") else "")
@@ -313,11 +192,18 @@ def footer(run: Run, main: Journal | None) -> Footer:
         for event in journal.named("not_seen"):
             gaps[(str(event.data.get("what", "")), str(event.data.get("why", "")))] = None
         for event in journal.named("tier_off"):
-            gaps[(f"the recorder's part “{event.data.get('tier', '')}”", f"it switched itself off: {event.data.get('why', '')}")] = None
+            gaps[
+                (
+                    f"the recorder's part “{event.data.get('tier', '')}”",
+                    f"it switched itself off: {event.data.get('why', '')}",
+                )
+            ] = None
         if journal.run is None and not journal.blocks:
             gaps[(journal.path.name, "the journal is empty")] = None
         elif end is None:
-            gaps[(f"how process {journal.pid} ended", "its journal has no end record: it was killed, or it still runs")] = None
+            gaps[
+                (f"how process {journal.pid} ended", "its journal has no end record: it was killed, or it still runs")
+            ] = None
         if journal.bad_lines:
             gaps[(f"{count_text(journal.bad_lines)} lines of {journal.path.name}", "they could not be read")] = None
         if journal.cut:
@@ -335,7 +221,7 @@ def footer(run: Run, main: Journal | None) -> Footer:
         cost=_cost(main),
         not_seen=tuple(list(gaps)[:30]),
         files=(*files[:6], f"{len(files) - 6} more") if len(files) > 7 else tuple(files),
-        redraw=f"gradctl report {shlex.quote(_shown(run.directory))}",
+        redraw=f"gradctl report {shlex.quote(str(run.directory))}",
         version=main.run.gradctl if main and main.run else "",
     )
 
@@ -349,16 +235,17 @@ def _cost(main: Journal | None) -> str:
     rows = end.tiers.get("rows")
     looked: list[str] = []
     if isinstance(every, int):
-        looked.append("norms were measured " + ("every step" if every == 1 else f"every {count_text(every)} steps" if every else "on sampled steps only"))
+        looked.append(
+            "norms were measured "
+            + ("every step" if every == 1 else f"every {count_text(every)} steps" if every else "on sampled steps only")
+        )
     if isinstance(rows, int):
         looked.append(f"{count_text(rows)} steps were sampled tensor by tensor")
     tail = f" {'; '.join(looked).capitalize()}." if looked else ""
-    faults = f" {end.faults} fault{'s' if end.faults != 1 else ''} of gradctl, none of which reached the script." if end.faults else ""
-    return f"{end.share * 100:.2f} % of wall time: {seconds_text(max(0.0, end.cost - end.one_off))} of {seconds_text(end.wall)}{once}.{tail}{faults}"
-
-
-def _shown(directory: Path) -> str:
-    return str(directory)
-
-
-__all__ = ["Agreement", "Footer", "OtherRow", "Place", "RankRow", "SavedTable", "agreement", "collapsed", "ended", "footer", "group", "meta", "others", "ranks", "saved_table"]
+    faults = (
+        f" {end.faults} fault{'s' if end.faults != 1 else ''} of gradctl, none of which reached the script."
+        if end.faults
+        else ""
+    )
+    steady = seconds_text(max(0.0, end.cost - end.one_off))
+    return f"{end.share * 100:.2f} % of wall time: {steady} of {seconds_text(end.wall)}{once}.{tail}{faults}"

@@ -69,12 +69,21 @@ class Curve:
                 low, high = float(np.nanmin(self.low[good])), float(np.nanmax(self.high[good]))
                 points.append((float(self.x[where].mean()), min(max(mean, low), high), low, high, float(weight.sum())))
             else:
-                points.append((float(self.x[where].mean()), math.nan, math.nan, math.nan, float(self.weight[where].sum())))
+                points.append(
+                    (float(self.x[where].mean()), math.nan, math.nan, math.nan, float(self.weight[where].sum()))
+                )
         return Curve.of(points)
 
-    def centred_mean(self, share: float = 0.04) -> Floats:
-        """Return a running mean over a centred window; it shrinks at the ends, so that it does not lag."""
-        half = max(1, round(len(self.y) * share / 2))
+    def centred_mean(self, share: float = 0.04, *, log: bool = False) -> Floats:
+        """Return a running mean over a centred window; it shrinks at the ends, so that it does not lag.
+
+        Args:
+            share: width of the window, of the finite values.
+            log: average logarithms, as an eye does on a logarithmic scale; all values are above 0.
+        """
+        if log:
+            return 10.0 ** Curve(self.x, np.log10(self.y), self.low, self.high, self.weight).centred_mean(share)
+        half = max(1, round(float(np.isfinite(self.y).sum()) * share / 2))
         smooth = np.full(len(self.y), np.nan)
         for k in range(len(self.y)):
             if math.isfinite(self.y[k]):
@@ -175,12 +184,16 @@ def trace(journal: Journal, optimizers: Sequence[int]) -> Trace:
     names = tuple(name for part in parts for name in part.names)
     shapes = tuple(shape for part in parts for shape in part.shapes)
     rows = [r for r in journal.rows if r.o == main]
-    ends = [b.last for b in blocks] + [r.n for r in rows] + [m.last for m in journal.maxima if m.o == main]
+    ends = [b.last for b in blocks] + [r.n for r in rows] + [m.n for m in journal.maxima if m.o == main]
     if journal.end is not None:
         ends.append(journal.end.steps.get(main, 0))
     singles = _beside([part.singles for part in parts])
     norm, limit = _norm(blocks, singles, joined=len(parts) > 1)
-    updates = np.concatenate([_resampled(p.updates, p.singles, singles) for p in parts], axis=1) if parts else np.empty((0, 0))
+    updates = (
+        np.concatenate([_resampled(p.updates, p.singles, singles) for p in parts], axis=1)
+        if parts
+        else np.empty((0, 0))
+    )
     return Trace(
         optimizers=tuple(journal.optimizers.get(o, OptimizerRecord(o)) for o in optimizers),
         names=names,
@@ -188,7 +201,7 @@ def trace(journal: Journal, optimizers: Sequence[int]) -> Trace:
         last_step=max(ends, default=0),
         blocks=blocks,
         loss=Curve.of(
-            (b.n + (b.c - 1) / 2, *(_finite(v) for v in b.loss or (math.nan,) * 3), b.c) for b in blocks
+            (b.n + (b.c - 1) / 2, *_finite(b.loss or (math.nan, math.nan, math.nan)), float(b.c)) for b in blocks
         ),
         norm=norm,
         clip_limit=limit,
@@ -323,7 +336,9 @@ def _norm(blocks: Sequence[Block], singles: Samples, *, joined: bool) -> tuple[C
         return _positive([(b.n + (b.c - 1) / 2, norm[0], norm[0], norm[1], b.c) for b, norm in measured]), None
     squares = np.where(singles.values == NO_GRADIENT, 0.0, np.minimum(singles.values, 1e150) ** 2)
     totals = np.sqrt(squares.sum(axis=1))
-    return _positive([(float(n), float(v), float(v), float(v), 1.0) for n, v in zip(singles.first, totals, strict=True)]), None
+    return _positive(
+        [(float(n), float(v), float(v), float(v), 1.0) for n, v in zip(singles.first, totals, strict=True)]
+    ), None
 
 
 def _positive(points: Iterable[tuple[float, float, float, float, float]]) -> Curve:
@@ -337,12 +352,13 @@ def _rates(rows: Sequence[Row]) -> tuple[Curve, ...]:
     groups = max((len(r.lr) for r in rows), default=0)
     curves: list[Curve] = []
     for k in range(min(groups, 8)):
-        points = [(float(r.n), *(_finite(r.lr[k]),) * 3, 1.0) for r in rows if k < len(r.lr)]
+        points = [(float(r.n), *_finite((r.lr[k], r.lr[k], r.lr[k])), 1.0) for r in rows if k < len(r.lr)]
         curve = Curve.of(points)
         if curve.seen and not any(len(c.y) == len(curve.y) and np.array_equal(c.y, curve.y) for c in curves):
             curves.append(curve)
     return tuple(curves)
 
 
-def _finite(value: float) -> float:
-    return max(-1e300, min(1e300, value)) if not math.isnan(value) else math.nan
+def _finite(values: tuple[float, float, float]) -> tuple[float, float, float]:
+    first, second, third = (max(-1e300, min(1e300, v)) if not math.isnan(v) else v for v in values)
+    return first, second, third
