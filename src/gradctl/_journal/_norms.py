@@ -34,13 +34,16 @@ def _code(norm: float | None) -> int | str | None:
         return None
     if norm == 0.0:
         return -999
-    return round(100 * math.log10(norm)) if math.isfinite(norm) and norm > 0 else "nan"
+    if not (math.isfinite(norm) and norm > 0):
+        return "nan"
+    code = round(100 * math.log10(norm))
+    return code if code != -999 else -1000  # 1.02e-10 is small, not zero
 
 
 def _decode(code: Any) -> float | None:
     if code is None:
         return None
-    if isinstance(code, bool) or not isinstance(code, int | float):
+    if isinstance(code, bool) or not isinstance(code, int | float) or code != code:
         return math.nan
     return 0.0 if code == -999 else 10.0 ** (max(-30000.0, min(30000.0, code)) / 100)
 

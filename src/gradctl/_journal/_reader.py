@@ -28,9 +28,17 @@ class Run:
         """Read every journal of a run directory.
 
         Raises:
-            RunDirectoryError: there is no such directory, or no journal in it.
+            RunDirectoryError: there is no such directory, it cannot be read, or no journal is in it.
+            BadJournal: none of its journals can be read; of several, those that cannot are kept as empty ones.
         """
         folder = Path(directory)
+        try:
+            return Run._load(folder)
+        except OSError as error:
+            raise RunDirectoryError(f"{folder} cannot be read", why=error.strerror or str(error)) from error
+
+    @staticmethod
+    def _load(folder: Path) -> Run:
         if not folder.is_dir():
             raise RunDirectoryError(
                 f"{folder} is not a run directory",
@@ -44,7 +52,16 @@ class Run:
                 why="no file is named journal.rank<k>.jsonl; nothing was recorded there",
                 fix="name a directory that `gradctl run` has made",
             )
-        journals = [read(path) for path in paths]
+        journals: list[Journal] = []
+        refused: list[BadJournal] = []
+        for path in sorted(paths):
+            try:
+                journals.append(read(path))
+            except BadJournal as error:
+                refused.append(error)
+                journals.append(Journal(path, bad_lines=1))
+        if len(refused) == len(paths):
+            raise refused[0]
         return Run(folder, tuple(sorted(journals, key=lambda j: (j.is_child, j.rank, j.pid))))
 
     @property
