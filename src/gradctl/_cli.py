@@ -87,14 +87,9 @@ class _RunCommand(click.Command):
         return frozenset(name for option in options for name in option.opts)
 
 
-_INTERPRETER_FLAGS = frozenset("bBdiOPRsuvx")
+_INTERPRETER_FLAGS = frozenset("bBdEiIOPRsSuvx")
 _INTERPRETER_VALUES = frozenset("WX")
 _INTERPRETER_TARGETS = frozenset("cm")
-_UNSEEN_FLAGS = {
-    "E": "it ignores PYTHONPATH, the way by which gradctl reaches the script",
-    "I": "it ignores PYTHONPATH, the way by which gradctl reaches the script",
-    "S": "it leaves out `site`, the way by which gradctl reaches the script",
-}
 
 
 def split_run_arguments(args: Sequence[str], *, value_options: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -106,9 +101,6 @@ def split_run_arguments(args: Sequence[str], *, value_options: frozenset[str]) -
 
     Returns:
         Our options, and what the interpreter gets: its flags, then SCRIPT, `-m MODULE` or `-c CODE`, then ARGS.
-
-    Raises:
-        UsageError: a flag of the interpreter under which nothing can be recorded.
     """
     ours: list[str] = []
     flags: list[str] = []
@@ -141,12 +133,6 @@ def _interpreter_word(word: str) -> tuple[str, int]:
     """Say what short options are to the interpreter, "flag", "target" or "other", and how many words they take."""
     letters = word[1:]
     for place, letter in enumerate(letters):
-        if letter in _UNSEEN_FLAGS:
-            raise UsageError(
-                f"a script under `python -{letter}` cannot be recorded",
-                why=_UNSEEN_FLAGS[letter],
-                fix=f"leave -{letter} out, or call gradctl.record() in the script",
-            )
         if letter in _INTERPRETER_TARGETS:
             return "target", 1
         if letter in _INTERPRETER_VALUES:

@@ -1,0 +1,291 @@
+"""`gradctl.record()`: the same recorder for programs that start themselves, notebooks among them."""
+
+from __future__ import annotations
+
+import atexit
+import html
+import importlib
+import io
+import os
+import sys
+import traceback
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gradctl import _journal, _policy, _taps
+from gradctl._errors import UsageError
+from gradctl._journal import Journal, Run
+from gradctl._policy import OnNonfinite, Policy
+from gradctl._run import _at_exit, _directory, _launcher, _unseen
+from gradctl._run._process import ProcessJournal
+from gradctl._run._redact import redact
+
+_current: Recording | None = None
+
+
+def record(
+    out: str | os.PathLike[str] | None = None,
+    *,
+    name: str | None = None,
+    report: bool | None = None,
+    quiet: bool | None = None,
+    watch_steps: int | None = None,
+    on_nonfinite: OnNonfinite | None = None,
+    lines: bool | None = None,
+    budget: float | None = None,
+) -> Recording:
+    """Record what gradients do from here on, until the recording is stopped or the process ends.
+
+    Recording begins with the call. Use the result as a context manager, or keep it and call `stop()`. What is None
+    comes from the policy file. In a program that `gradctl run` has started, that run is already recording: the result
+    shows its journal, and stopping it does nothing.
+
+    Args:
+        out: the run directory; by default `gradctl-runs/<script>-<UTC time>[-NAME]`.
+        name: a word that ends the name of the run directory.
+        report: write `report.html` when the recording stops.
+        quiet: do not say on stderr where the report is.
+        watch_steps: record only the first steps of each optimizer.
+        on_nonfinite: `stop` raises `NonFiniteGradient` before a NaN or inf gradient is applied.
+        lines: record saved bytes by source line.
+        budget: most of the wall time that sampling may use, as a share between 0 and 1.
+
+    Returns:
+        The recording.
+
+    Raises:
+        UsageError: this process is recording already, or an argument does not fit.
+        RunDirectoryError: the run directory holds something already, or cannot be made.
+    """
+    global _current
+    policy = _policy.resolve(
+        keywords={
+            "out": os.fspath(out) if out is not None else None,
+            "name": name,
+            "report": report,
+            "quiet": quiet,
+            "watch_steps": watch_steps,
+            "on_nonfinite": on_nonfinite,
+            "lines": lines,
+            "budget": budget,
+        }
+    )
+    importlib.import_module("torch")  # under `gradctl run` this makes the run listen, if it does not yet
+    from gradctl._run import _attach
+
+    run = _attach.listening()
+    if run is not None:
+        return Recording(run.journal, run.recorder, policy, joined=True)
+    if _current is not None:
+        raise UsageError(
+            "this process is recording already",
+            what=f"into {_current.directory}",
+            fix="stop the first recording before the next one starts: recording.stop()",
+        )
+    _current = _begin(policy)
+    return _current
+
+
+class Recording:
+    """A recording of this process.
+
+    Attributes:
+        directory: the run directory, with the journal and, once stopped, `report.html`.
+    """
+
+    def __init__(self, journal: ProcessJournal, recorder: Any, policy: Policy, *, joined: bool) -> None:
+        self.directory: Path = journal.directory
+        self._writer = journal
+        self._recorder = recorder
+        self._policy = policy
+        self._running = not joined
+        self._joined = joined
+        self._handles: list[Any] = []
+        self._switch: Any = None
+
+    @property
+    def journal(self) -> Journal:
+        """What this process has recorded so far, read from its file."""
+        self._bring_up_to_date()
+        return _journal.read(self._writer.path)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the summary `gradctl.summary/1` of what has been recorded so far."""
+        from gradctl import report
+
+        return report.summary(self._load())
+
+    def stop(self) -> None:
+        """Stop recording, take back everything that was installed, and write the report; a second call does nothing."""
+        self._stop("stopped", None)
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop("stopped", error)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        from gradctl import report
+
+        text = io.StringIO()
+        report.draw_terminal(self._load(), console=Console(file=text, width=100, highlight=False))
+        return text.getvalue().rstrip("\n")
+
+    def __repr__(self) -> str:
+        state = "belongs to `gradctl run`" if self._joined else "running" if self._running else "stopped"
+        return f"<Recording {self.directory} ({state})>"
+
+    def _repr_html_(self) -> str:
+        page = self.directory / "report.html"
+        if not self._running and page.is_file():
+            text = html.escape(page.read_text(encoding="utf-8"), quote=True)
+            return f'<iframe srcdoc="{text}" style="width:100%;height:80vh;border:0"></iframe>'
+        return f"<pre>{html.escape(str(self))}</pre>"
+
+    def _load(self) -> Run:
+        self._bring_up_to_date()
+        return Run.load(self.directory)
+
+    def _bring_up_to_date(self) -> None:
+        if self._running or self._joined:
+            self._recorder.drain()
+            if not self._writer.started:
+                self._writer.begin()
+            self._writer.flush()
+
+    def _stop(self, how: str, error: BaseException | None) -> None:
+        global _current
+        if not self._running:
+            return
+        self._running = False
+        if _current is self:
+            _current = None
+        atexit.unregister(self._at_exit)
+        for handle in self._handles:
+            handle.remove()
+        if self._switch is not None:
+            self._switch.remove()
+        is_child = self._writer.start == "child"
+        self._recorder.drain()
+        if is_child and not self._writer.started:
+            self._recorder.finish(how, code=None, exc=None)
+            return
+        from gradctl._run import _exit_status
+
+        exc = None if error is None else _exit_status.describe(error)
+        self._recorder.finish(how, code=None, exc=exc)
+        self._writer.close()
+        _journal.set_current(None)
+        if not is_child:
+            self._report()
+
+    def _report(self) -> None:
+        rank = _launcher.find(os.environ)
+        if not rank.draws:
+            return
+        _at_exit.wait_for_ranks(self.directory, rank.rank)
+        _directory.tidy(self.directory)
+        if not self._policy.report:
+            return
+        from gradctl import report
+
+        page = self.directory / "report.html"
+        try:
+            report.write_page(Run.load(self.directory), page)
+        except Exception as fault:  # a report that cannot be drawn is no reason to end the program
+            where = traceback.extract_tb(fault.__traceback__)[-1]
+            _at_exit.say(f"gradctl: the report could not be drawn: {fault!r} at {where.filename}:{where.lineno}")
+            return
+        if not self._policy.quiet and rank.rank == 0:
+            _at_exit.say(f"gradctl: report  {page}")
+
+    def _at_exit(self) -> None:
+        from gradctl._run import _exit_status
+
+        self._stop("exit", _exit_status.last_error())
+
+    def _around_os_exit(self, inner: Any) -> Any:
+        def leave(status: int) -> None:
+            try:
+                self._stop("os._exit", None)
+            finally:
+                inner(status)
+
+        return leave
+
+    def _forked(self) -> None:
+        self._writer.forget()
+        self._recorder.after_fork_in_child()
+
+
+def _begin(policy: Policy) -> Recording:
+    from gradctl._record import Recorder
+
+    rank = _launcher.find(os.environ)
+    script = _script()
+    directory = _directory.make(policy, script, rank)
+    settings: Mapping[str, Any] = {
+        "argv": redact(sys.argv),
+        "script": script,
+        "name": policy.name,
+        "grad": policy.grad,
+        "budget": policy.budget,
+    }
+    journal = ProcessJournal(
+        directory,
+        settings,
+        start="record",
+        on_failure=lambda reason: (
+            None
+            if policy.quiet
+            else _at_exit.say(f"gradctl: recording stops, the program goes on: {directory}: {reason}")
+        ),
+    )
+    recorder = Recorder(
+        journal,
+        budget=policy.budget,
+        on_nonfinite=policy.on_nonfinite,
+        watch_steps=policy.watch_steps,
+        lines=policy.lines,
+    )
+    recording = Recording(journal, recorder, policy, joined=False)
+    recorder.install()
+    if policy.grad == "off":
+        from gradctl._off import off
+
+        recording._switch = off().start()
+    _journal.set_current(journal)
+    recording._handles = [
+        _taps.os_exit.subscribe(recording._around_os_exit, order="measure"),
+        _unseen.listen(journal),
+    ]
+    atexit.register(recording._at_exit)
+    _follow_forks(recording)
+    return recording
+
+
+def _follow_forks(recording: Recording) -> None:
+    # A fork hook cannot be taken back: it holds nothing, and does nothing once the recording is gone or stopped.
+    reference = weakref.ref(recording)
+
+    def forked() -> None:
+        found = reference()
+        if found is not None and found._running:
+            found._forked()
+
+    os.register_at_fork(after_in_child=forked)
+
+
+def _script() -> str:
+    if "ipykernel" in sys.modules or "IPython" in sys.modules:
+        return "notebook"
+    word = sys.argv[0] if sys.argv else ""
+    return {"": "interactive", "-c": "command", "-": "stdin"}.get(word) or os.path.basename(word)

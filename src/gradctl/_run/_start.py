@@ -1,0 +1,174 @@
+"""Become the script: check what can be checked, make the run directory, then `exec` the real interpreter.
+
+The interpreter gets the user's own words, one folder more on PYTHONPATH and the variable GRADCTL_RUN; process id,
+arguments, exit code and signals are the script's own, because there is no other process.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from gradctl._errors import UsageError
+from gradctl._policy import Policy
+from gradctl._run import _directory, _launcher
+from gradctl._run._injection import inject, withdraw
+from gradctl._run._redact import redact
+
+_UNSEEN = {"E": "PYTHONPATH is ignored", "I": "PYTHONPATH is ignored", "S": "`site` is left out"}
+_WITH_VALUE = "WX"
+
+
+def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
+    """Replace this process by `python COMMAND`, with gradctl waiting in it for torch.
+
+    Args:
+        command: what the interpreter gets: its own flags, then SCRIPT, `-m MODULE` or `-c CODE`, then their arguments.
+        policy: how the run treats gradients and what it leaves behind.
+        script: what stands for the script in `command`: its path, the module, `-` or `-c`.
+
+    Raises:
+        UsageError: there is no such script, or it is not a Python program.
+        RunDirectoryError: the run directory holds something already, or cannot be made.
+    """
+    flags, kind = _split(command, script)
+    if kind == "file":
+        check_script(script)
+    environment = dict(os.environ)
+    lost = next((letter for flag in flags for letter in _letters(flag) if letter in _UNSEEN), None)
+    if lost is not None:
+        withdraw(environment)
+        if not policy.quiet:
+            print(f"gradctl: nothing can be recorded under `python -{lost}`: {_UNSEEN[lost]}", file=sys.stderr)
+    else:
+        rank = _launcher.find(environment)
+        directory = _directory.make(policy, display_name(script), rank)
+        arguments = list(command[len(flags) :])
+        inject(
+            environment,
+            {
+                "script": display_name(script),
+                "argv": redact(arguments),
+                "rank": rank.rank,
+                "draws": rank.draws,
+                "grad": policy.grad,
+                "on_nonfinite": policy.on_nonfinite,
+                "watch_steps": policy.watch_steps,
+                "lines": policy.lines,
+                "report": policy.report,
+                "quiet": policy.quiet,
+                "budget": policy.budget,
+                "name": policy.name,
+                "out": str(directory),
+            },
+        )
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]  (closed by whoever started us)
+            stream.flush()
+    os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def display_name(script: str) -> str:
+    """Return what a run of that script is called: the module, or the name of the file."""
+    return {"-": "stdin", "-c": "command"}.get(script) or Path(os.path.abspath(script)).name
+
+
+def _split(command: Sequence[str], script: str) -> tuple[list[str], str]:
+    """Return the interpreter's flags in front of the script, and what the script is: "file" or "other"."""
+    position = 0
+    while position < len(command):
+        word = command[position]
+        if word in ("-", "--") or not word.startswith("-"):
+            break
+        if word.startswith("--"):
+            position += 2 if word == "--check-hash-based-pycs" else 1
+            continue
+        letters = _letters(word)
+        if letters[-1:] in ("c", "m"):
+            return list(command[:position]), "other"
+        takes_next = letters[-1:] != "" and letters[-1] in _WITH_VALUE and word.endswith(letters)
+        position += 2 if takes_next else 1
+    return list(command[:position]), "other" if script == "-" else "file"
+
+
+def _letters(word: str) -> str:
+    """The one-letter options of a word, up to the first that takes a value (that one included)."""
+    if not word.startswith("-") or word.startswith("--"):
+        return ""
+    for place, letter in enumerate(word[1:], start=1):
+        if letter in "cm" + _WITH_VALUE:
+            return word[1 : place + 1]
+    return word[1:]
+
+
+def check_script(script: str) -> None:
+    """Check that the interpreter can run that path; what is inside a Python file is the interpreter's own business.
+
+    Raises:
+        UsageError: it does not exist, cannot be read, or is something else than a Python program.
+    """
+    path = Path(script)
+    if not path.exists():
+        raise UsageError(f"there is no script {script}", fix=_what_was_meant(script))
+    if path.is_dir():
+        if not (path / "__main__.py").is_file():
+            raise UsageError(
+                f"{script} is a directory",
+                why="only a directory with a __main__.py can be run",
+                fix="name the script in it, or run a package as `gradctl run -m PACKAGE`",
+            )
+        return
+    if not path.is_file():
+        return  # a pipe: looking into it would take its bytes away
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise UsageError(f"{script} cannot be read", why=error.strerror or str(error)) from error
+    other = _other_language(script, head)
+    if other is not None:
+        raise UsageError(
+            f"{script} is not a Python script",
+            why=other,
+            fix="name the Python script that trains; in a launcher script write `gradctl run train.py` "
+            "where it says `python train.py`",
+        )
+
+
+def _what_was_meant(script: str) -> str:
+    if script == "torchrun" or os.path.basename(script) in ("torchrun", "accelerate", "deepspeed", "mpirun", "srun"):
+        return f"start it the other way round: {os.path.basename(script)} ... -m gradctl run train.py"
+    if script in ("python", "python3"):
+        return "leave the word out: gradctl run train.py"
+    folder, name = os.path.split(script)
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {os.path.join(folder, near[0])}?"
+    if shutil.which(script):
+        return f"{script} is a program, not a script: name the Python file that it runs"
+    return f"name a file that exists; the working directory is {os.getcwd()}"
+
+
+def _other_language(script: str, head: bytes) -> str | None:
+    """Say why a file is not Python source, bytecode or an archive of it; None if it may be."""
+    first = head.split(b"\n", 1)[0]
+    if first.startswith(b"#!") and b"python" not in first and b"pypy" not in first:
+        interpreter = first[2:].decode("utf-8", "replace").strip()
+        return f"its first line asks for {interpreter}"
+    if head.startswith(b"\x7fELF"):
+        return "it is a compiled program"
+    if b"\0" in head and not script.endswith(".pyc"):
+        import zipfile
+
+        if not zipfile.is_zipfile(script):
+            return "it holds binary data"
+    return None
