@@ -1,0 +1,40 @@
+"""What every interception asks: are gradients off, who says so, and how a refusal is worded.
+
+Written only by `_switch`, under its lock; read without one from every thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NoReturn
+
+from gradctl._errors import BackwardRefused
+from gradctl._off import _site
+
+is_shut = False
+"""Whether no thread records a graph now."""
+
+closing = 0
+"""How many threads are about to switch off and wait for backwards that are running."""
+
+strict = 0
+"""How many of those that switched off asked for `strict`."""
+
+where = _site.NOWHERE
+"""The line that switched off."""
+
+FIX = "keep the graph and do this after the switch is back on, or take it out of the part that runs with gradients off"
+
+
+def refuse(what: str, *, fix: str = FIX) -> NoReturn:
+    """Refuse `what`, asked for in this thread.
+
+    Raises:
+        BackwardRefused: always.
+    """
+    raise BackwardRefused(
+        f"{what} refused: gradients are switched off for this process",
+        what=f"{_site.find()} [thread {threading.current_thread().name}]",
+        why=f"switched off at {where}",
+        fix=fix,
+    )

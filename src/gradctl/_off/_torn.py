@@ -1,0 +1,6 @@
+def note_toggle(thread):
+    pass
+
+
+def uninstall():
+    pass
