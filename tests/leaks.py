@@ -280,7 +280,10 @@ def _patches() -> dict[str, Any]:
     for place in PATCHED_PLACES:
         at = _resolve(place)
         # `vars` and not getattr: no bound method is made, and an attribute laid over an inherited one is seen.
-        found[place] = _UNSEEN if at is None else id(vars(at[0]).get(at[1]))
+        value = None if at is None else vars(at[0]).get(at[1])
+        if getattr(value, "hooked", False):
+            value = value.__wrapped__  # torch itself wraps `step` when the first optimizer of a class is made
+        found[place] = _UNSEEN if at is None else id(value)
     return found
 
 
