@@ -73,7 +73,8 @@ def _draw(directory: Path, *, speaks: bool, page: bool) -> None:
     withdraw(environment)
     package = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), package]))
-    command = [sys.executable, "-P", "-m", "gradctl", "report", str(directory), "--at-exit"]
+    code = f"from gradctl.report import draw_at_exit; draw_at_exit({str(directory)!r}, quiet={not speaks}, html={page})"
+    command = [sys.executable, "-P", "-c", code]
     silent = os.open(os.devnull, os.O_RDWR)
     try:
         out = sys.__stderr__.fileno() if speaks and sys.__stderr__ is not None else silent
