@@ -110,6 +110,7 @@ extension_import = AttributeTap(
 library_open = AttributeTap("library_open", _at("ctypes:CDLL.__init__"))
 os_exit = AttributeTap("os_exit", _at("os:_exit"))
 process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
+ddp_created = AttributeTap("ddp_created", _at("torch.nn.parallel:DistributedDataParallel.__init__"))
 popen = AttributeTap("popen", _at("subprocess:Popen.__init__"))
 
 ALL = (
@@ -119,6 +120,7 @@ ALL = (
     optimizer_created,
     zero_grad,
     clip,
+    ddp_created,
     scaler_scale,
     scaler_step,
     data_next,

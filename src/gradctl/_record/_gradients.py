@@ -1,0 +1,105 @@
+"""Reading gradients: what an optimizer will apply, as plain local tensors whose norms can be taken.
+
+A DTensor is read by its local part, never by an operation of its own: that would be a collective, and ranks sample at
+different steps. A sparse gradient is read by its stored values (if it is not coalesced the norm is an upper estimate).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradctl import _torch_private as private
+
+PLAIN = frozenset((Tensor,))
+_PLAIN_PARAMETERS = (Tensor, Parameter)
+_foreach_norm: Any = private.find("foreach_norm")
+
+
+def parameters_of(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups, in order."""
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def local_part(tensor: Any) -> Tensor | None:
+    """Return `tensor` as a plain strided tensor of this process, or None if it cannot be read without its own code."""
+    kind = type(tensor)
+    if kind not in _PLAIN_PARAMETERS:
+        inner = getattr(tensor, "_local_tensor", None)
+        if inner is not None:
+            tensor = inner
+        elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return None
+        if type(tensor) not in _PLAIN_PARAMETERS and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return None
+    if tensor.layout is not torch.strided:
+        if tensor.layout is torch.sparse_coo:
+            tensor = tensor._values()
+        elif tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+            tensor = tensor.values()
+        else:
+            return None
+    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
+        return None
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def is_simple(tensors: Sequence[Tensor]) -> bool:
+    """Whether one fused norm reads all of `tensors`: plain, strided, real, on one device, of one kind of precision."""
+    if not tensors or not set(map(type, tensors)) <= PLAIN:
+        return False
+    devices = {tensor.device for tensor in tensors}
+    doubles = {tensor.dtype is torch.float64 for tensor in tensors}
+    return (
+        len(devices) == 1
+        and len(doubles) == 1
+        and all(
+            tensor.layout is torch.strided and tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
+            for tensor in tensors
+        )
+    )
+
+
+def stacked_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
+    """Return the norms of `tensors` (strided, real, one device) as one vector.
+
+    The norm of 16-bit gradients is taken in float32, where their squares do not overflow.
+    """
+    wide = tensors[0].dtype is torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    if _foreach_norm is not None and all((tensor.dtype is torch.float64) is wide for tensor in tensors):
+        return torch.stack(_foreach_norm(tensors, order, dtype))
+    return torch.stack([torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for tensor in tensors])
+
+
+def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Group the indexes of `tensors` by device."""
+    groups: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(index)
+    return groups
+
+
+def norms(tensors: Sequence[Tensor]) -> list[float]:
+    """Return the norm of each of `tensors` (strided, real); waits for other devices."""
+    found = [0.0] * len(tensors)
+    for indexes in by_device(tensors).values():
+        chosen = [tensors[index] for index in indexes]
+        for index, value in zip(indexes, stacked_norms(chosen).tolist(), strict=True):
+            found[index] = value
+    return found
+
+
+def exact_norm(tensor: Tensor) -> float:
+    """Return the norm of `tensor` even where squares overflow or vanish in its precision; NaN if it is not finite."""
+    if not bool(torch.isfinite(tensor).all()):
+        return math.nan
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if largest == 0.0:
+        return 0.0
+    return float(torch.linalg.vector_norm(tensor.double() / largest)) * largest

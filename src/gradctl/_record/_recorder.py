@@ -1,0 +1,568 @@
+"""The recorder of one process: wires taps, tiers and journal together, and takes everything back at the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gradctl import _taps
+from gradctl._journal import JournalWriter
+from gradctl._names import NameBook
+from gradctl._record import _events, _hot
+from gradctl._record._blocks import EAGER_STEPS, FLUSH_SECONDS, FLUSH_STEPS, Drain
+from gradctl._record._budget import next_row
+from gradctl._record._describe import Describer
+from gradctl._record._distributed import CompilerSkip, DataParallelTimes, world_size
+from gradctl._record._fallback import BackwardStream, Stand
+from gradctl._record._faults import Faults
+from gradctl._record._gradients import parameters_of
+from gradctl._record._losses import Losses
+from gradctl._record._norms import NormTier, Reading, gradient_getter
+from gradctl._record._remembered import SavedOnce
+from gradctl._record._rows import RowTier, learning_rates, peak_memory
+from gradctl._record._state import NEVER, Costs, OptimizerState
+
+OnNonFinite = Literal["continue", "stop"]
+MAX_OPTIMIZERS = 512
+"""More optimizers than this are counted, not recorded one by one."""
+_OUTSIDE_AT = 8
+
+
+class Recorder:
+    """Records what the gradients of this process do. Never prints, and never raises into the program unasked.
+
+    Args:
+        journal: where everything is written; opened at the first step.
+        budget: share of wall time that recording may take.
+        on_nonfinite: `stop` raises `NonFiniteGradient` from the step, before the update is applied.
+        watch_steps: record only so many steps; None is all.
+        lines: find the source lines that keep tensors for backward, in one step, with saved-tensor hooks.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        journal: JournalWriter,
+        *,
+        budget: float = 0.01,
+        on_nonfinite: OnNonFinite = "continue",
+        watch_steps: int | None = None,
+        lines: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.journal = journal
+        self._clock = clock
+        self._stops = on_nonfinite == "stop"
+        self._watch_steps = watch_steps
+        self.costs = Costs(clock, budget)
+        self.faults = Faults(journal, self._tier_off)
+        self.states: dict[int, OptimizerState] = {}
+        self.by_number: dict[int, OptimizerState] = {}
+        self._optimizers: dict[int, weakref.ref[Any]] = {}
+        self._created: dict[int, weakref.ref[Any]] = {}
+        self._handles: list[Any] = []
+        self._lock = threading.RLock()
+        self._names = NameBook()
+        self._describer = Describer(journal, self._names, self.costs)
+        self._events = _events.Events(journal, self._describer.name)
+        self._stamps: list[Any] = []
+        self._hot = _hot.Hot()
+        self._losses = Losses(self._hot, self._bad_loss)
+        self._norms = NormTier(self.costs, self._bad_gradient, self._events.skip, self._bind)
+        self._rows = RowTier(journal)
+        self._drain = Drain(
+            self._stamps, self.by_number, journal, self.costs, self._events.accumulation, self._late_bad_loss
+        )
+        self._saved = SavedOnce(journal, self.costs, self._names, self._describer.fqns, lines=lines)
+        self._ddp = DataParallelTimes(journal)
+        self._compiler = CompilerSkip()
+        self._stream = self._new_stream()
+        self._functorch = 0
+        self._uncounted = 0
+        self._aligned = False
+        self._finished = False
+        self._not_seen: dict[str, str] = {}
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Begin to listen; nothing is written before the first step."""
+        if self._handles:
+            return
+        self._names.start()
+        extend, clock, faults = self._stamps.extend, self._clock, self.faults
+        before, after = _hot.step_hooks(
+            self._hot,
+            self.states,
+            extend,
+            clock,
+            faults,
+            new=self._new_state,
+            due=self._due,
+            done=self._done,
+            drain=self._drain_now,
+        )
+        engine = _hot.engine_wrap(
+            self._hot, extend, clock, faults, slow_loss=self._losses.read, bad_loss=self._losses.bad
+        )
+        self._hot.before_backward = self._before_backward
+        self._hot.after_backward = self._after_backward
+        taps: list[tuple[str, Callable[[], Any]]] = [
+            ("optimizer steps", lambda: _taps.optimizer_step.subscribe(before=before, after=after, order="record")),
+            ("backwards", lambda: _taps.engine.subscribe(engine, order="record")),
+            (
+                "optimizers that never step",
+                lambda: _taps.optimizer_created.subscribe(self._wrap_created, order="record"),
+            ),
+            ("clipping", lambda: _taps.clip.subscribe(_hot.clip_wrap(extend, faults), order="record")),
+            ("the loss scale", lambda: _taps.scaler_scale.subscribe(self._losses.scale_wrap, order="record")),
+            ("skipped steps", lambda: _taps.scaler_step.subscribe(self._wrap_scaler_step, order="record")),
+            ("data time", lambda: _taps.data_next.subscribe(_hot.data_wrap(extend, clock), order="record")),
+            ("torch.func", lambda: _taps.functorch_grad.subscribe(self._wrap_functorch, order="record")),
+            ("DDP times", lambda: _taps.ddp_created.subscribe(self._ddp.wrap, order="record")),
+            ("torch.compile", self._compiler.install),
+        ]
+        if torch.distributed.is_available():
+            taps.append(
+                ("RPC", lambda: _taps.rpc_backward.subscribe(lambda i: self._stream.rpc_wrap(i), order="record"))
+            )
+        for what, subscribe in taps:
+            try:
+                self._handles.append(subscribe())
+            except (AttributeError, ImportError) as error:  # a private name that this torch does not have
+                self._not_seen[what] = f"this torch has no place to listen: {error}"
+
+    def drain(self) -> None:
+        """Write what has been seen so far, up to the open blocks."""
+        with self._lock:
+            try:
+                if not self._stream.over and self._hot.latest is None:
+                    self._stream.finish()
+                self._drain_now(self._clock())
+            except Exception as error:
+                self.faults.caught("drain", error)
+
+    def finish(self, how: str, code: int | None = None, exc: dict[str, Any] | None = None) -> None:
+        """Write what is left and the `end` record, stop listening and let go of everything.
+
+        Args:
+            how: `exit`, `os._exit` or `stopped`.
+            code: exit code, if known.
+            exc: `{type, message, file, line}` of an uncaught exception.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        self._stop_listening()
+        self.drain()
+        try:
+            self._last_words(how, code, exc)
+        except Exception as error:
+            self.faults.caught("finish", error)
+        self.journal.flush()
+        self._forget()
+
+    def after_fork_in_child(self) -> None:
+        """Start afresh in a forked child: what the parent has seen is the parent's."""
+        self._lock = threading.RLock()
+        self.faults.renew_lock()
+        self.faults.count = 0
+        self._names.renew_lock()
+        self._drain.forget()
+        self._rows.waiting.clear()
+        self._events.forget()
+        self._forget_states()
+        self._stream = self._new_stream()
+        self._saved.renew()
+        self._finished = False
+        self.costs.began = self._clock()
+        self.costs.first_step = None
+        self.costs.spent = self.costs.one_off = 0.0
+        self._functorch = self._uncounted = 0
+        if self._handles and "all" not in self.faults.off:
+            self._hot.before_backward = self._before_backward
+            self._hot.after_backward = self._after_backward
+
+    def _stop_listening(self) -> None:
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
+        self._hot.before_backward = self._hot.after_backward = None
+        self._saved.stop()
+
+    def _forget(self) -> None:
+        self._forget_states()
+        self._stamps.clear()
+        self._created.clear()
+        self._events.forget()
+        self._rows.waiting.clear()
+        self._names.stop()
+
+    def _forget_states(self) -> None:
+        for state in self.by_number.values():
+            state.drop()
+        self.states.clear()
+        self.by_number.clear()
+        self._optimizers.clear()
+        self._hot.latest = None
+        self._hot.scaled.clear()
+
+    def _tier_off(self, tier: str) -> None:
+        if tier in ("norms", "rows", "saved", "clip", "events"):
+            return  # asked for at each use
+        # Without stamps nothing else has a meaning.
+        self.faults.off.add("all")
+        self._stop_listening()
+
+    # -- optimizers ---------------------------------------------------------------------------------------------------
+
+    def _wrap_created(self, inner: Any) -> Any:
+        def created(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            result = inner(optimizer, *args, **kwargs)
+            key = id(optimizer)
+            self._created[key] = weakref.ref(optimizer, lambda _: self._created.pop(key, None))
+            return result
+
+        return created
+
+    def _number_state(self, cls: str, source: str) -> OptimizerState:
+        state = OptimizerState(len(self.by_number), cls, threading.current_thread().name, source)
+        self.by_number[state.o] = state
+        if self.costs.first_step is None:
+            self.costs.first_step = self._clock()
+        self._aligned = world_size() > 1
+        return state
+
+    def _new_state(self, optimizer: Any) -> OptimizerState | None:
+        with self._lock:
+            if len(self.by_number) >= MAX_OPTIMIZERS:
+                self._uncounted += 1
+                return None
+            if not self._stream.over:
+                self._stream.end()
+            state = self._number_state(type(optimizer).__name__, "optimizer")
+            key = id(optimizer)
+            self.states[key] = state
+
+            def gone(_: Any) -> None:
+                if self.states.get(key) is state:
+                    del self.states[key]
+                state.gone = True
+
+            self._optimizers[state.o] = weakref.ref(optimizer, gone)
+            self._drain.live = max(1, len(self.states))
+            return state
+
+    def _new_stream(self) -> BackwardStream:
+        return BackwardStream(
+            Stand(
+                hot=self._hot,
+                stamps=self._stamps,
+                clock=self._clock,
+                began=self.costs.began,
+                norms=self._norms,
+                rows=self._rows,
+                new_state=lambda kind: self._number_state(
+                    "distributed autograd" if kind == "rpc" else "backward", "backward"
+                ),
+                describe=self._describe_again,
+                optimizers_exist=lambda: bool(self._created),
+                drain=self._drain_now,
+                schedule_row=self._schedule_row,
+                stop=self._stop_for,
+            )
+        )
+
+    def _bind(self, state: OptimizerState, optimizer: Any) -> None:
+        self._describe_again(state, parameters_of(optimizer), optimizer)
+
+    def _describe_again(self, state: OptimizerState, params: Sequence[Tensor], optimizer: Any = None) -> None:
+        if state.described:
+            self._collect(state)
+            self._drain.close_maxima(state)
+        self._describer.describe(state, params, optimizer)
+
+    # -- a step that is measured --------------------------------------------------------------------------------------
+
+    def _due(self, state: OptimizerState, optimizer: Any, args: Any, kwargs: Any) -> BaseException | None:
+        """Before a step in which a norm or a row is due."""
+        begin = self._clock()
+        wants_row = state.steps >= state.next_row and "rows" not in self.faults.off
+        if not state.described or len(optimizer.param_groups) != state.num_groups:
+            self._bind(state, optimizer)
+        if "norms" in self.faults.off:
+            state.next_norm = NEVER
+        state.closure = (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
+        step = state.steps + 1
+        reading = None
+        try:
+            if wants_row:
+                params = parameters_of(optimizer)
+                if [id(param) for param in params] != state.keys:
+                    self._bind(state, optimizer)
+                self._rows.sketch_weights(state, params, step)
+        except Exception as error:
+            state.row = None
+            self.faults.caught("rows", error)
+        # With a closure the gradients of this step do not exist yet.
+        state.sampling = wants_row or state.closure
+        if not state.closure:
+            reading = self._measure(state, optimizer, step)
+        if wants_row:
+            state.row_cost = self._clock() - begin
+        if not state.sampling or state.closure:
+            return self._stop_for(state, step, reading)
+        return self._stop_for(state, step, reading)
+
+    def _measure(self, state: OptimizerState, optimizer: Any, step: int) -> Reading | None:
+        if "norms" in self.faults.off:
+            return None
+        try:
+            reading = self._norms.measure(state, optimizer, step)
+        except Exception as error:
+            self.faults.caught("norms", error)
+            return None
+        if self._stops:
+            state.next_norm = step
+        if state.row is not None:
+            try:
+                self._rows.take_gradients(state, reading)
+            except Exception as error:
+                state.row = None
+                self.faults.caught("rows", error)
+        return reading
+
+    def _done(self, state: OptimizerState, optimizer: Any, now: float) -> BaseException | None:
+        """After a step that was sampled or had a closure."""
+        state.sampling = False
+        stop = None
+        begin = self._clock()
+        if state.closure:
+            stop = self._stop_for(state, state.steps, self._measure(state, optimizer, state.steps))
+        row = state.row
+        if row is not None:
+            try:
+                self._rows.complete(state, parameters_of(optimizer), learning_rates(optimizer), now - self.costs.began)
+            except Exception as error:
+                state.row = None
+                self.faults.caught("rows", error)
+            self._schedule_row(state, state.row_cost + self._clock() - begin, now)
+        elif "rows" in self.faults.off:
+            state.next_row = NEVER
+        elif state.steps > state.next_row:
+            state.next_row = state.steps
+        if state.steps == 3:
+            self._events.none(state)
+        if self._watch_steps is not None and state.steps >= self._watch_steps:
+            self._watched_enough()
+        return stop
+
+    def _schedule_row(self, state: OptimizerState, cost: float, now: float) -> None:
+        state.row_cost = cost
+        costs = self.costs
+        costs.spent += cost
+        elapsed = max(costs.elapsed(now), 1e-9)
+        state.next_row = (
+            next_row(
+                state.steps,
+                paired=state.row_measured_at == state.steps - 1,
+                cost=cost,
+                step_seconds=elapsed / max(1, state.steps),
+                spent=costs.spent - costs.one_off,
+                elapsed=elapsed,
+                budget=costs.budget,
+                aligned=self._aligned,
+                sharers=self._drain.live,
+            )
+            - 1
+        )
+        state.row_measured_at = state.steps
+
+    def _stop_for(self, state: OptimizerState, step: int, reading: Reading | None) -> BaseException | None:
+        if self._stops and reading is not None and reading.bad:
+            return _events.stopped(state, step, reading.bad)
+        return None
+
+    def _watched_enough(self) -> None:
+        self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
+        self._drain_now(self._clock())
+        self._stop_listening()
+
+    # -- events -------------------------------------------------------------------------------------------------------
+
+    def _bad_gradient(self, state: OptimizerState, step: int, indexes: list[int], of: int) -> None:
+        self._events.nonfinite(state, step, indexes, of)
+
+    def _bad_loss(self) -> None:
+        """A loss is NaN or inf: say so, and look at the gradients of the step that comes."""
+        state = self._hot.latest
+        for other in list(self.states.values()):
+            other.next_norm = min(other.next_norm, other.steps)
+        optimizer = self._optimizer(state)
+        params = parameters_of(optimizer) if optimizer is not None else []
+        self._events.bad_loss(state, state.steps + 1 if state is not None else 1, params)
+
+    def _late_bad_loss(self, state: OptimizerState, step: int) -> None:
+        optimizer = self._optimizer(state)
+        self._events.bad_loss(state, step, parameters_of(optimizer) if optimizer is not None else [])
+
+    def _optimizer(self, state: OptimizerState | None) -> Any:
+        reference = self._optimizers.get(state.o) if state is not None else None
+        return reference() if reference is not None else None
+
+    def _wrap_scaler_step(self, inner: Any) -> Any:
+        def maybe_step(scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            state = self.states.get(id(optimizer))
+            before = state.steps if state is not None else 0
+            result = inner(scaler, optimizer, *args, **kwargs)
+            try:
+                state = self.states.get(id(optimizer))
+                after = state.steps if state is not None else 0
+                # The scaler has just waited for its own flag: reading its scale waits for nothing more.
+                if after == before and result is None and getattr(type(optimizer).step, "hooked", False):
+                    scale = scaler._scale
+                    self._events.skip(state, before + 1, float(scale) if scale is not None else None)
+            except Exception as error:
+                self.faults.caught("events", error)
+            return result
+
+        return maybe_step
+
+    def _wrap_functorch(self, inner: Any) -> Any:
+        def grad_increment_nesting(*args: Any, **kwargs: Any) -> Any:
+            self._functorch += 1
+            return inner(*args, **kwargs)
+
+        return grad_increment_nesting
+
+    # -- backwards ----------------------------------------------------------------------------------------------------
+
+    def _before_backward(self, outputs: Any) -> None:
+        latest = self._hot.latest
+        if not self._stream.over:
+            self._stream.before_backward()
+        if "saved" not in self.faults.off and latest is not None:
+            try:
+                leaves = self._saved.before_backward(outputs, latest.steps, self._all_parameters)
+                self._events.remember_leaves(leaves)
+            except Exception as error:
+                self.faults.caught("saved", error)
+        if self._stream.over and self._saved.done:
+            self._hot.before_backward = None
+
+    def _after_backward(self, outputs: Any) -> None:
+        latest = self._hot.latest
+        if latest is not None and "saved" not in self.faults.off:
+            self._saved.after_backward(latest.steps, self._all_parameters)
+        if not self._stream.over:
+            stop = self._stream.after_backward(outputs)
+            if stop is not None:
+                raise stop
+        elif self._saved.done:
+            self._hot.after_backward = None
+
+    def _all_parameters(self) -> list[Tensor]:
+        found: dict[int, Tensor] = {}
+        for reference in [*self._created.values(), *self._optimizers.values()]:
+            optimizer = reference()
+            for param in parameters_of(optimizer) if optimizer is not None else []:
+                found[id(param)] = param
+        return list(found.values())
+
+    # -- the drain ----------------------------------------------------------------------------------------------------
+
+    def _drain_now(self, now: float) -> None:
+        begin = self._clock()
+        with self._lock:
+            self._rows.write_waiting()
+            states = list(self.by_number.values())
+            for state in states:
+                self._collect(state)
+            self._drain.live = max(1, len(self.states))
+            self._drain.empty()
+            for state in states:
+                if state.gone and state.block is not None:
+                    self._drain.close(state, now)
+                state.flush_at = state.steps + (FLUSH_STEPS if state.steps > EAGER_STEPS else 1)
+                state.flush_time = now + FLUSH_SECONDS
+                if state.stalls:
+                    self._events.stall(state)
+            latest = self._hot.latest
+            if latest is not None:
+                self._ddp.ask(latest.steps)
+                if latest.steps >= _OUTSIDE_AT:
+                    self._events.unoptimized({id(param) for param in self._all_parameters()})
+            if self.journal.failed is None and states:
+                self.journal.flush()
+            self.costs.spent += self._clock() - begin
+
+    def _collect(self, state: OptimizerState) -> None:
+        if state.samples:
+            self._norms.collect(state, gradient_getter(self._optimizer(state)))
+
+    def _last_words(self, how: str, code: int | None, exc: dict[str, Any] | None) -> None:
+        now = self._clock()
+        for state in self.by_number.values():
+            self._drain.close(state, now)
+            self._drain.close_maxima(state)
+            if state.described and not (state.steps < 3 and state.closure):
+                self._events.none(state)
+            self._events.stall(state)
+        steps = {str(state.o): state.steps for state in self.by_number.values()}
+        self._events.unoptimized({id(param) for param in self._all_parameters()})
+        if self._hot.latest is not None:
+            self._ddp.ask(self._hot.latest.steps, last=True)
+        costs = self.costs
+        wall = costs.elapsed(now)
+        rows = sum(state.rows for state in self.by_number.values())
+        main = max(self.by_number.values(), key=lambda state: state.steps, default=None)
+        self.journal.write(
+            "end",
+            now=True,
+            how=how,
+            code=code,
+            exc=exc,
+            steps=steps,
+            backwards=self._drain.backwards,
+            cost=round(costs.spent, 4),
+            one_off=round(costs.one_off, 4),
+            wall=round(wall, 3),
+            share=round((costs.spent - costs.one_off) / wall, 5) if wall > 0 else 0.0,
+            faults=self.faults.count + len(self._names.faults),
+            dropped=dict(self.journal.dropped),
+            rss=peak_memory().get("rss"),
+            not_seen=[[what, why] for what, why in self._unseen(steps).items()],
+            bytes=self.journal.bytes,
+            tiers={"norm_every": main.norm_gap if main is not None else 0, "rows": rows},
+        )
+
+    def _unseen(self, steps: dict[str, int]) -> dict[str, str]:
+        found = dict(self._not_seen)
+        seen = any(steps.values())
+        if not seen and self._functorch:
+            found["training through torch.func"] = (
+                f"torch.func computed gradients {self._functorch} times; they are returned, never stored in .grad"
+            )
+        elif not seen and self._drain.grads:
+            found["training through torch.autograd.grad"] = (
+                f"it was called {self._drain.grads} times; its gradients are returned, never stored in .grad"
+            )
+        if seen and not self._drain.backwards:
+            found["the backward"] = (
+                "an optimizer stepped, but no backward was called from Python: a compiled step, C++, "
+                "or gradients that the program writes itself"
+            )
+        never = sum(1 for key in self._created if key not in self.states)
+        if not seen and never:
+            found["the optimizer's steps"] = f"{never} optimizers were made and none has stepped"
+        if self._uncounted:
+            found["some optimizers"] = (
+                f"there were more than {MAX_OPTIMIZERS}; {self._uncounted} steps are not recorded"
+            )
+        return found
