@@ -13,6 +13,7 @@ WINDOWS = 10
 FEWEST_STEPS = 5
 STEPS_TO_CALL_IT_FLAT = 200
 BLEW_UP = 100.0
+HUGE = 1e150  # squares and sums of what is below can still be written
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ def trend(training: Training) -> Trend | None:
         return None
     first = finite[0][2]
     last = finite[-1][2] if training.losses[-1].loss is not None else math.nan
+    finite = [(n, c, _within(mean), _within(low), _within(high)) for n, c, mean, low, high in finite]
     since = _blew_up(finite)
     if since:
         return Trend("blew_up", first, last, since)
@@ -52,6 +54,10 @@ def trend(training: Training) -> Trend | None:
     if steps >= STEPS_TO_CALL_IT_FLAT and _is_flat(finite, means, spread):
         return Trend("flat", first, last)
     return Trend("unclear", first, last)
+
+
+def _within(value: float) -> float:
+    return max(-HUGE, min(HUGE, value))
 
 
 def _windows(rows: list[tuple[int, int, float, float, float]]) -> tuple[list[float], float]:

@@ -76,11 +76,11 @@ def step_ticks(last: int, most: int = 4) -> list[int]:
     if last <= most:
         return list(range(1, last + 1))
     for power in range(len(str(last)) + 1):
-        for factor in (10, 20, 25, 50):
-            gap = factor * 10**power // 10
-            inner = range(gap, math.ceil(0.9 * last), gap)
-            if len(inner) < most and gap * 10 == factor * 10**power:
-                return [*inner, last]
+        for tenths in (10, 20, 25, 50):
+            gap, rest = divmod(tenths * 10**power, 10)
+            inner = (last * 9 // 10) // gap
+            if rest == 0 and inner < most:
+                return [*(gap * k for k in range(1, inner + 1)), last]
     raise AssertionError("unreachable: a gap above the last step leaves no tick between")
 
 
@@ -104,20 +104,21 @@ def fit(values: Iterable[float], start: float, end: float, *, keep: Sequence[flo
     inside = [v for v in keep if math.isfinite(v) and abs(v) <= HUGE]
     if inside:
         low, high = min(low, *inside), max(high, *inside)
-    log = low > 0 and high / low > 30
-    spread = math.log10(high / low) if log else high - low
+    log = low > 0 and math.log10(high) - math.log10(low) > math.log10(30)
     if log:
-        near_low, near_high = low / 10 ** (spread * 0.4), high * 10 ** min(spread * 0.4, 6)
+        scale = _spread(*(math.log10(max(v, 1 / HUGE)) for v in (low, high, ordered[0], ordered[-1])), edge=0.04)
+        lo, hi = (10.0 ** max(-300.0, min(300.0, v)) for v in scale)
     else:
-        near_low, near_high = low - spread * 0.6, high + spread * 0.6
-    low = ordered[0] if ordered[0] >= near_low else low
-    high = ordered[-1] if ordered[-1] <= near_high else high
-    above, below = ordered[-1] > high, ordered[0] < low
-    if log:
-        edge = 10 ** (0.04 * math.log10(high / low))
-        return Scale(low / edge, high * edge, start, end, log=True), above, below
-    edge = 0.06 * (high - low) or abs(high) * 0.1 or 0.5
-    return Scale(low - edge, high + edge, start, end), above, below
+        lo, hi = _spread(low, high, ordered[0], ordered[-1], edge=0.06)
+    return Scale(lo, hi, start, end, log), ordered[-1] > hi, ordered[0] < lo
+
+
+def _spread(low: float, high: float, lowest: float, highest: float, *, edge: float) -> tuple[float, float]:
+    """Widen the bulk of the values to the extremes where those are near, and leave a little room."""
+    near = 0.6 * (high - low)
+    low, high = (lowest if lowest >= low - near else low), (highest if highest <= high + near else high)
+    room = edge * (high - low) or abs(high) * 0.1 or 0.5
+    return low - room, high + room
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

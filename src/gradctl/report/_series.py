@@ -123,9 +123,9 @@ class Samples:
         source = (self.values if values is None else values).T
         cells = np.full((len(source), columns), NO_GRADIENT)
         painted = np.zeros(columns, dtype=bool)
-        for k in range(len(self.first)):
-            left = min(columns - 1, int((self.first[k] - 1) * columns // last_step))
-            right = max(left + 1, min(columns, int(-(-self.last[k] * columns // last_step))))
+        for k, (first, last) in enumerate(zip(self.first.tolist(), self.last.tolist(), strict=True)):
+            left = min(columns - 1, (first - 1) * columns // last_step)
+            right = max(left + 1, min(columns, -(-last * columns // last_step)))
             here = source[:, k : k + 1]
             worst = np.maximum(cells[:, left:right], here)  # NaN wins, then the largest
             cells[:, left:right] = np.where(painted[left:right], worst, here)
