@@ -9,15 +9,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from gradctl import __version__
 from gradctl._errors import GradctlError, UsageError
-
-if TYPE_CHECKING:
-    from gradctl._journal import Run
 
 
 class ExitCode(enum.IntEnum):
@@ -222,34 +219,28 @@ def run(ctx: click.Context, /, command: tuple[str, ...], policy: str | None, **f
 @click.option("-o", "page", metavar="FILE.html", help="Where to write the page.  [default: RUN_DIR/report.html]")
 @click.option("--json", "json_file", metavar="FILE", help="Write gradctl.summary/1; `-` prints it, and nothing else.")
 @click.option("--force", is_flag=True, help="Replace files that exist.")
-@click.option("--at-exit", is_flag=True, hidden=True)
-def report(run_dir: str, page: str | None, json_file: str | None, force: bool, at_exit: bool) -> int:
+def report(run_dir: str, page: str | None, json_file: str | None, force: bool) -> int:
     """Show what the gradients of a run did, from its journals. Works while the script is still running, too.
 
     Prints the summary and writes the page; one that is there already is kept unless --force is given.
     """
+    from gradctl import report as view
     from gradctl._journal import Run
 
-    directory = Path(run_dir)
-    recorded = Run.load(directory)
-    if at_exit:
-        _draw(recorded, to_stderr=True)
-        _write_page(recorded, directory / "report.html", force=True)
-        return ExitCode.CLEAN
+    recorded = Run.load(run_dir)
     if json_file is not None:
-        _write_summary(recorded, json_file, force=force)
-    if json_file != "-":
-        _draw(recorded, to_stderr=False)
+        _write_json(view.summary(recorded), json_file, force=force)
+    drawn: Path | None = None
     if page is not None:
-        _write_page(recorded, Path(page), force=force)
+        drawn = view.write_page(recorded, page, force=force)
     elif json_file is None:
-        usual = directory / "report.html"
-        if usual.exists() and not force:
-            click.echo(f"report  {usual} (drawn before; --force draws it again)")
-            return ExitCode.CLEAN
-        _write_page(recorded, usual, force=force)
-    if page is not None or json_file is None:
-        click.echo(f"report  {page or directory / 'report.html'}")
+        drawn = Path(run_dir) / view.PAGE
+        if force or not drawn.exists():
+            view.write_page(recorded, drawn)
+    if json_file != "-":
+        from rich.console import Console
+
+        view.draw_terminal(recorded, console=Console(highlight=False), page=drawn)
     return ExitCode.CLEAN
 
 
@@ -267,30 +258,6 @@ def env(json_file: str | None) -> int:
     return ExitCode.CLEAN
 
 
-def _draw(recorded: Run, *, to_stderr: bool) -> None:
-    from rich.console import Console
-
-    from gradctl import report as view
-
-    view.draw_terminal(recorded, console=Console(stderr=to_stderr, highlight=False, soft_wrap=True))
-
-
-def _write_page(recorded: Run, path: Path, *, force: bool) -> None:
-    from gradctl import report as view
-
-    _refuse_to_overwrite(path, force=force)
-    try:
-        view.write_page(recorded, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}", why=error.strerror or str(error)) from error
-
-
-def _write_summary(recorded: Run, file: str, *, force: bool) -> None:
-    from gradctl import report as view
-
-    _write_json(view.summary(recorded), file, force=force)
-
-
 def _write_json(data: dict[str, Any], file: str, *, force: bool) -> None:
     import json
 
@@ -300,13 +267,9 @@ def _write_json(data: dict[str, Any], file: str, *, force: bool) -> None:
         click.echo(text)
         return
     path = Path(file)
-    _refuse_to_overwrite(path, force=force)
+    if path.exists() and not force:
+        raise UsageError(f"{path} exists and is not overwritten", fix="name another file, or give --force")
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}", why=error.strerror or str(error)) from error
-
-
-def _refuse_to_overwrite(path: Path, *, force: bool) -> None:
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists and is not overwritten", fix="name another file, or give --force")
