@@ -27,7 +27,7 @@ FIXES: dict[str, str] = {
     "nonfinite-weight": "gradctl run --on-nonfinite stop {script}",
     "not-seen": "check by hand that weights change from one step to the next",
     "journal-damaged": "nothing to do for the run; keep the file if you report this",
-    "journal-newer": "read it with the gradctl that wrote it",
+    "journal-newer": "read it with the version that wrote it",
     "ranks-differ": "look for no_sync(), or parameters that the data-parallel wrapper does not hold",
     "rank-steps-differ": "give every rank the same number of batches (DistributedSampler, drop_last=True), or use Join",
     "recorder-fault": "nothing to do for the script; please report it with the journal",

@@ -84,7 +84,7 @@ def _falls(means: list[float], spread: float) -> bool:
     drop = means[0] - means[-1]
     if drop <= max(2 * spread, 0.005 * max(abs(means[0]), abs(means[-1]))):
         return False
-    if drop > 10 * spread and means[-1] < 0.9 * means[0]:
+    if drop > max(10 * spread, 0.02 * abs(means[0])) and max(means[1:]) < means[0]:
         return True  # it fell at once and rests since
     pairs = [(a, b) for i, a in enumerate(means) for b in means[i + 1 :]]
     return sum(b < a for a, b in pairs) >= 0.7 * len(pairs)
