@@ -16,7 +16,8 @@
     head.append(sorter);
     head.setAttribute("aria-sort", "none");
     sorter.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") !== "descending";
+      const sorted = head.getAttribute("aria-sort");
+      const down = head.dataset.sort === "text" ? sorted === "ascending" : sorted !== "descending";
       const body = head.closest("table").tBodies[0];
       const key = (row) => row.cells[head.cellIndex].dataset.v ?? row.cells[head.cellIndex].textContent;
       const order = (a, b) => {
