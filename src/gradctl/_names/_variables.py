@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 import time
 from collections import OrderedDict, defaultdict, deque
@@ -23,7 +24,7 @@ _SECONDS = 0.05
 _DEPTH = 3
 _WIDTH = 512
 _FRAMES = 200
-_NOT_THE_PROGRAM = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_NOT_THE_PROGRAM = (f"{Path(torch.__file__).parent}/", f"{Path(__file__).parents[1]}/")
 _PLAIN = frozenset(
     {int, float, bool, str, bytes, complex, type(None), type}
     | {ModuleType, CodeType, FunctionType, BuiltinFunctionType}
@@ -88,11 +89,19 @@ def _locals_of(frame: FrameType, cleanups: list[Callable[[], None]]) -> dict[str
     """
     if sys.version_info >= (3, 13):
         return dict(frame.f_locals)
-    if not _READS_ITS_LOCALS.isdisjoint(frame.f_code.co_names):
+    if _asks_for_its_locals(frame.f_code):
         return {}
     copy: dict[str, Any] = frame.f_locals
     cleanups.append(copy.clear)
     return dict(copy)
+
+
+def _asks_for_its_locals(code: CodeType) -> bool:
+    if _READS_ITS_LOCALS.isdisjoint(code.co_names):
+        return False
+    # An attribute of such a name (`config.vars`) is nothing to fear.
+    loads = (step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
+    return not _READS_ITS_LOCALS.isdisjoint(loads)
 
 
 def _walk(look: Surroundings, spaces: Iterable[dict[str, Any]]) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 from gradctl import _torch_private as private
 from gradctl._saved._storage import SavedBytes, Tally
 
-_TORCH = str(Path(torch.__file__).parent)
-_OWN = str(Path(__file__).parents[1])
+_TORCH = f"{Path(torch.__file__).parent}/"
+_OWN = f"{Path(__file__).parents[1]}/"
 _FRAMES = 200
 _CALLS: frozenset[CodeType] = frozenset(
     getattr(torch.nn.Module, name).__code__
