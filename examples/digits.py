@@ -90,7 +90,9 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             total += loss.item()
-        print(f"epoch {epoch:2d}  loss {total / len(train_loader):.4f}  test accuracy {accuracy(model, test_loader):.2%}")
+        print(
+            f"epoch {epoch:2d}  loss {total / len(train_loader):.4f}  test accuracy {accuracy(model, test_loader):.2%}"
+        )
 
     print(f"test accuracy: {accuracy(model, test_loader):.2%}")
 

@@ -225,7 +225,7 @@ def parse_size(size: str | int | float) -> int:
     Raises:
         UsageError: not a size, negative, or not a whole number of bytes.
     """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?[0-9]{1,2})?)\s*([a-z]*)\s*", str(size), re.IGNORECASE)
     try:
         if match is None or match[2].lower() not in _BY_LOWER:
             raise InvalidOperation
