@@ -55,6 +55,13 @@ NAMES: tuple[PrivateName, ...] = (
         "the class attribute `apply` is patched instead; on torch 2.14 and later, aliases captured before record",
     ),
     PrivateName(
+        "module_call",
+        "torch.nn:Module._wrapped_call_impl",
+        "2.11-2.14",
+        "off",
+        "a step that the switch cut is noticed without naming the module, and fewer of them are",
+    ),
+    PrivateName(
         "clip_with_norm",
         "torch.nn.utils.clip_grad:_clip_grads_with_norm_",
         "2.11-2.14",

@@ -131,11 +131,11 @@ class FunctionApply(Protocol):
         ...
 
     def shut(self) -> None:
-        """Stop recording; called while it is open."""
+        """Stop recording; may be repeated."""
         ...
 
     def open(self) -> None:
-        """Put back exactly what stood there, where what stands there is still ours."""
+        """Put back exactly what stood there, where what stands there is still ours; may be repeated."""
         ...
 
 
@@ -190,7 +190,7 @@ class Native:
         Raises:
             SwitchFailed: something else stands there than was found at first use; nothing is changed.
         """
-        if self._word.value != self._original:
+        if self._word.value not in (self._original, self._trampoline):
             raise SwitchFailed(
                 "autograd.Function.apply is not torch's own any more",
                 what="its C method definition was changed by somebody else after gradctl's first use",
@@ -226,7 +226,8 @@ class ClassAttribute:
 
     def shut(self) -> None:
         """Subscribe to the tap."""
-        self._handle = _taps.function_apply.subscribe(_without_grad, order="veto")
+        if self._handle is None:
+            self._handle = _taps.function_apply.subscribe(_without_grad, order="veto")
 
     def open(self) -> None:
         """Leave the tap."""
