@@ -282,7 +282,9 @@ def _patches() -> dict[str, Any]:
         # `vars` and not getattr: no bound method is made, and an attribute laid over an inherited one is seen.
         value = None if at is None else vars(at[0]).get(at[1])
         if getattr(value, "hooked", False):
-            value = value.__wrapped__  # torch itself wraps `step` when the first optimizer of a class is made
+            # torch itself wraps `step`, also one that is inherited, when the first optimizer of a class is made
+            own = value.__wrapped__.__qualname__ == f"{at[0].__name__}.{at[1]}"  # type: ignore[index]
+            value = value.__wrapped__ if own else None
         found[place] = _UNSEEN if at is None else id(value)
     return found
 

@@ -55,6 +55,7 @@ class Drain:
         costs: the budget and what was spent.
         on_accumulation: called with (state, first step of the new pattern, backwards a step).
         on_bad_loss: called with (state, step) for a loss that is only known now.
+        fold: called with (state, step) before a block closes: what was measured up to there is to be known.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Drain:
         costs: Costs,
         on_accumulation: Callable[[OptimizerState, int, int], None],
         on_bad_loss: Callable[[OptimizerState, int], None],
+        fold: Callable[[OptimizerState, int], None],
     ) -> None:
         self._stamps = stamps
         self._by_number = by_number
@@ -72,6 +74,7 @@ class Drain:
         self._costs = costs
         self._on_accumulation = on_accumulation
         self._on_bad_loss = on_bad_loss
+        self._fold = fold
         self._lanes: dict[int, Lane] = {}
         self.backwards = 0
         self.grads = 0
@@ -113,7 +116,7 @@ class Drain:
                     lane.losses = lane.losses[-16:]
 
     def _step(self, state: OptimizerState, lane: Lane, begin: float, end: float) -> None:
-        if len(self._lanes) > 1 and state.source == "optimizer":
+        if len(self._lanes) > 1 and not lane.fresh:
             self._adopt(lane)
         block = state.block
         if block is None:
@@ -154,7 +157,7 @@ class Drain:
             self.close(state, end)
 
     def _adopt(self, lane: Lane) -> None:
-        """Backwards of threads that never step belong to the thread that does."""
+        """Backwards of threads that never step belong to a thread that steps and has none of its own."""
         for other in self._lanes.values():
             if other is lane or other.steps or not (other.fresh or other.data or other.clips):
                 continue
@@ -199,6 +202,7 @@ class Drain:
             return
         costs = self._costs
         last = block.begin + block.steps - 1
+        self._fold(state, last)
         taken = [total for step, total in state.totals if step <= last]
         state.totals = [entry for entry in state.totals if entry[0] > last]
         timed = max(1, block.timed)

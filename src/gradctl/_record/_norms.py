@@ -151,7 +151,6 @@ class NormTier:
     def _keep(self, state: OptimizerState, reading: Reading, step: int) -> None:
         if state.never and reading.indexes is None:
             state.never.clear()
-        state.measured += 1
         if not reading.norms:
             reading.values = []
             state.totals.append((step, 0.0))
@@ -194,16 +193,19 @@ class NormTier:
             state.bad_streak += 1
         return torch.tensor([min(value, _FLOAT_MAX) for value in values], dtype=torch.float64), values
 
-    def collect(self, state: OptimizerState, gradient_of: Callable[[int], Any]) -> None:
-        """Fold what was measured since the last drain into the running maxima; waits for other devices once.
+    def fold(self, state: OptimizerState, upto: int, gradient_of: Callable[[int], Any]) -> None:
+        """Fold what was measured up to step `upto` into the running maxima; waits for other devices.
 
         Args:
             state: the optimizer.
+            upto: the last step that counts.
             gradient_of: returns the present gradient of a parameter, to tell inf from a norm that overflowed.
         """
-        samples, state.samples = state.samples, []
+        samples = [sample for sample in state.samples if abs(sample[0]) <= upto]
         if not samples:
             return
+        state.samples = state.samples[len(samples) :]
+        state.measured += len({sample[0] for sample in samples})
         with _no_function(), _quiet._inference(True):
             groups: dict[tuple[int, torch.device], list[Any]] = {}
             for sample in samples:

@@ -77,7 +77,13 @@ class Recorder:
         self._norms = NormTier(self.costs, self._bad_gradient, self._events.skip, self._bind)
         self._rows = RowTier(journal)
         self._drain = Drain(
-            self._stamps, self.by_number, journal, self.costs, self._events.accumulation, self._late_bad_loss
+            self._stamps,
+            self.by_number,
+            journal,
+            self.costs,
+            self._events.accumulation,
+            self._late_bad_loss,
+            self._fold,
         )
         self._saved = SavedOnce(journal, self.costs, self._names, self._describer.fqns, lines=lines)
         self._ddp = DataParallelTimes(journal)
@@ -284,7 +290,7 @@ class Recorder:
 
     def _describe_again(self, state: OptimizerState, params: Sequence[Tensor], optimizer: Any = None) -> None:
         if state.described:
-            self._collect(state)
+            self._fold(state, NEVER)
             self._drain.close_maxima(state)
         self._describer.describe(state, params, optimizer)
 
@@ -359,8 +365,6 @@ class Recorder:
             state.next_row = state.steps
         if state.steps == 3:
             self._events.none(state)
-        if self._watch_steps is not None and state.steps >= self._watch_steps:
-            self._watched_enough()
         return stop
 
     def _schedule_row(self, state: OptimizerState, cost: float, now: float) -> None:
@@ -388,11 +392,6 @@ class Recorder:
         if self._stops and reading is not None and reading.bad:
             return _events.stopped(state, step, reading.bad)
         return None
-
-    def _watched_enough(self) -> None:
-        self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
-        self._drain_now(self._clock())
-        self._stop_listening()
 
     # -- events -------------------------------------------------------------------------------------------------------
 
@@ -482,15 +481,18 @@ class Recorder:
         with self._lock:
             self._rows.write_waiting()
             states = list(self.by_number.values())
-            for state in states:
-                self._collect(state)
             self._drain.live = max(1, len(self.states))
             self._drain.empty()
+            enough = False
             for state in states:
+                self._fold(state, state.steps)
                 if state.gone and state.block is not None:
                     self._drain.close(state, now)
                 state.flush_at = state.steps + (FLUSH_STEPS if state.steps > EAGER_STEPS else 1)
                 state.flush_time = now + FLUSH_SECONDS
+                if self._watch_steps is not None:
+                    state.flush_at = min(state.flush_at, max(self._watch_steps, state.steps + 1))
+                    enough = enough or state.steps >= self._watch_steps
                 if state.stalls:
                     self._events.stall(state)
             latest = self._hot.latest
@@ -501,10 +503,13 @@ class Recorder:
             if self.journal.failed is None and states:
                 self.journal.flush()
             self.costs.spent += self._clock() - begin
+            if enough and self._handles:
+                self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
+                self._stop_listening()
 
-    def _collect(self, state: OptimizerState) -> None:
+    def _fold(self, state: OptimizerState, upto: int) -> None:
         if state.samples:
-            self._norms.collect(state, gradient_getter(self._optimizer(state)))
+            self._norms.fold(state, upto, gradient_getter(self._optimizer(state)))
 
     def _last_words(self, how: str, code: int | None, exc: dict[str, Any] | None) -> None:
         now = self._clock()
