@@ -27,7 +27,7 @@ _CALLS: frozenset[CodeType] = frozenset(
 
 
 class Tap(Protocol):
-    """An entry point of torch that can be listened to; `_taps.saved_hooks_disabled`."""
+    """An entry point of torch that can be listened to: `_taps.saved_hooks_disabled` with its order chosen."""
 
     def subscribe(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], /) -> Any:
         """Wrap the entry point; the result has `remove()`."""
@@ -82,10 +82,10 @@ class LineWatch:
         return not self._pushed
 
     def _push(self, hooks_disabled: Tap | None) -> None:
-        private.get("push_saved_hooks")(self._pack_hook, self._unpack_hook)
-        self._pushed = True
         if hooks_disabled is not None:
             self._handle = hooks_disabled.subscribe(self._step_aside)
+        private.get("push_saved_hooks")(self._pack_hook, self._unpack_hook)
+        self._pushed = True
 
     def _withdraw(self) -> None:
         if not self._pushed or threading.get_ident() != self._thread:
@@ -157,7 +157,8 @@ def arm_lines(
     Args:
         exclude_storages: keys from `storage_keys`, usually of the parameters.
         modules: FQN of each module by `id` (`NameBook.modules`).
-        hooks_disabled: `_taps.saved_hooks_disabled`; without it `torch.func` fails while armed.
+        hooks_disabled: where torch switches such hooks off (`_taps.saved_hooks_disabled`); without it `torch.func`
+            fails while armed.
     Returns:
         The watch; None if the program uses such hooks itself just now, or has switched them off.
     """
