@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import enum
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -39,10 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         sys.exit(ExitCode.USAGE if isinstance(error, UsageError) else ExitCode.FAULT)
     except click.Abort:
         sys.exit(130)
-    except BrokenPipeError:
-        # The reader left (`gradctl report RUN | head`): end as any other program in a pipe does, without a word.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
     except Exception:
         traceback.print_exc()
         print("gradctl failed by a fault of its own (above); the script, if one ran, is not to blame.", file=sys.stderr)
@@ -50,8 +48,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(code if isinstance(code, int) else ExitCode.CLEAN)
 
 
+@contextlib.contextmanager
+def _reader_may_leave() -> Generator[None]:
+    """End as any other program in a pipe does when its reader leaves (`gradctl report RUN | head`): without a word."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still buffered goes nowhere
+        raise click.exceptions.Exit(128 + signal.SIGPIPE) from None
+
+
 class _Verbs(click.Group):
     """A group that says what was meant when a verb is not known."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _reader_may_leave():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _reader_may_leave():
+            return super().invoke(ctx)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -77,7 +93,8 @@ class _RunCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ours, command = split_run_arguments(args, value_options=self._value_options())
-        return super().parse_args(ctx, [*ours, "--", *command])
+        # Without the guard, an option at the end that lacks its value would take the "--" for it.
+        return super().parse_args(ctx, [*ours, "--", *command] if command else ours)
 
     def _value_options(self) -> frozenset[str]:
         options = (param for param in self.params if isinstance(param, click.Option) and not param.is_flag)
@@ -155,8 +172,8 @@ def script_name(command: Sequence[str]) -> str | None:
         kind, width = _interpreter_word(word)
         if kind == "target":
             place = next(place for place, letter in enumerate(word) if letter in _INTERPRETER_TARGETS)
-            value = word[place + 1 :] or (command[position + 1] if position + 1 < len(command) else "")
-            return ("-c" if word[place] == "c" else value) if value else None
+            rest = [word[place + 1 :]] if word[place + 1 :] else [*command[position + 1 : position + 2]]
+            return None if not rest else "-c" if word[place] == "c" else rest[0]
         position += width
     return None
 
@@ -164,7 +181,7 @@ def script_name(command: Sequence[str]) -> str | None:
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gradctl", message="%(prog)s %(version)s")
 def gradctl() -> None:
-    r"""Control, explain and prove what gradients do in a PyTorch program.
+    """Control, explain and prove what gradients do in a PyTorch program.
 
     \b
     gradctl run train.py --epochs 3      watch any script, unchanged
@@ -174,7 +191,7 @@ def gradctl() -> None:
     \b
     Exit codes: `run` passes the script's through. Other verbs:
       0 clean   1 findings   2 usage   3 a failure of gradctl   4 no verdict
-    """
+    """  # noqa: D301  (click reads the control character, not the two letters)
 
 
 @gradctl.command(cls=_RunCommand, options_metavar="[OPTIONS]", short_help="Run a script, watch its gradients, report.")
@@ -254,11 +271,11 @@ def env(json_file: str | None) -> int:
     if json_file is None:
         click.echo(str(found))
     else:
-        _write_json(found.to_json(), json_file, force=True)
+        _write_json(found.to_json(), json_file)
     return ExitCode.CLEAN
 
 
-def _write_json(data: dict[str, Any], file: str, *, force: bool) -> None:
+def _write_json(data: dict[str, Any], file: str, *, force: bool | None = None) -> None:
     import json
 
     # NaN is not JSON: a value that is not finite must already be text or null here.
@@ -268,7 +285,10 @@ def _write_json(data: dict[str, Any], file: str, *, force: bool) -> None:
         return
     path = Path(file)
     if path.exists() and not force:
-        raise UsageError(f"{path} exists and is not overwritten", fix="name another file, or give --force")
+        raise UsageError(
+            f"{path} exists and is not overwritten",
+            fix="name another file" + (", or give --force" if force is not None else ""),
+        )
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
