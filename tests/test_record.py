@@ -90,10 +90,12 @@ def measured_by_hand(model: nn.Module, steps: int, lr: float = 0.05) -> tuple[li
         before = [p.detach().double().clone() for p in model.parameters()]
         optimizer.step()
         norms.append([float(g.norm()) for g in grads])
-        ratios.append([
-            float((p.detach().double() - b).norm() / b.norm())
-            for p, b in zip(model.parameters(), before, strict=True)
-        ])
+        ratios.append(
+            [
+                float((p.detach().double() - b).norm() / b.norm())
+                for p, b in zip(model.parameters(), before, strict=True)
+            ]
+        )
         flat = torch.cat([g.flatten() for g in grads])
         cosines.append(float(nn.functional.cosine_similarity(flat, last, dim=0)) if last is not None else math.nan)
         last = flat

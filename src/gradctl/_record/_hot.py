@@ -183,13 +183,14 @@ def data_wrap(extend: Callable[[Any], None], clock: Callable[[], float]) -> Call
 
 def clip_wrap(extend: Callable[[Any], None], faults: Faults) -> Callable[[Any], Any]:
     """Return the wrap of the function that clips by norm: it is told the norm before clipping."""
+    dispatch_modes = _quiet.dispatch_modes
 
     def wrap(inner: Any) -> Any:
         def clip(parameters: Any, max_norm: Any, total_norm: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 norm: Any = None
                 if type(total_norm) is Tensor:
-                    with torch._C.DisableTorchFunction(), _quiet._inference(True):
+                    with _quiet.Quiet() if dispatch_modes() else torch._C.DisableTorchFunction():
                         norm = _item(total_norm) if total_norm.is_cpu else (total_norm.detach(), 1.0)
                 elif isinstance(total_norm, float):
                     norm = total_norm

@@ -84,7 +84,8 @@ class NormTier:
         """Take the norms of the gradients that `optimizer` holds now, as those of `step`."""
         clock = self._costs.clock
         begin = clock()
-        with _no_function(), _quiet._inference(True):
+        # Two guards are cheap; modes of the program need them all.
+        with _quiet.Quiet() if _quiet.dispatch_modes() else _no_function(), _quiet._inference(True):
             grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
             if len(grads) != state.num:
                 self._bind(state, optimizer)
@@ -206,7 +207,7 @@ class NormTier:
             return
         state.samples = state.samples[len(samples) :]
         state.measured += len({sample[0] for sample in samples})
-        with _no_function(), _quiet._inference(True):
+        with _quiet.Quiet():
             groups: dict[tuple[int, torch.device], list[Any]] = {}
             for sample in samples:
                 groups.setdefault((id(sample[2]), sample[1].device), []).append(sample)

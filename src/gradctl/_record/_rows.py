@@ -127,11 +127,12 @@ class RowTier:
             state.previous = (row.step, [group.gradient for group in row.groups])
             for group in row.groups:
                 group.weights = group.gradient = None  # type: ignore[assignment]
+            here = row.reading.values is not None and all(pack.is_cpu for *_, pack in row.packs)
         state.rows += 1
         # A row whose partner has been taken is no longer needed for a cosine.
         if neighbours and row.step > 5:
             state.previous = None
-        if row.reading.values is not None and all(pack.is_cpu for *_, pack in row.packs):
+        if here:
             self.write(state, row)
         else:
             row.reading.tensors = []
@@ -145,6 +146,10 @@ class RowTier:
 
     def write(self, state: OptimizerState, row: Row) -> None:
         """Turn the numbers of `row` into a line."""
+        with Quiet():
+            self._write(state, row)
+
+    def _write(self, state: OptimizerState, row: Row) -> None:
         reading = row.reading
         assert reading is not None
         norms: list[float | None] = [None] * state.num
@@ -240,12 +245,11 @@ def _columns(numbers: list[float], size: int) -> list[list[float]]:
 def _norm_values(reading: Reading) -> list[tuple[int, float]]:
     if reading.values is not None:
         found = [(reading.index(position), value) for position, value in enumerate(reading.values)]
-        with Quiet():
-            # Squares below the smallest float vanish: only what is exactly zero is called zero.
-            return [
-                (index, exact_norm(reading.tensors[position]) if value == 0.0 else value)
-                for position, (index, value) in enumerate(found)
-            ]
+        # Squares below the smallest float vanish: only what is exactly zero is called zero.
+        return [
+            (index, exact_norm(reading.tensors[position]) if value == 0.0 else value)
+            for position, (index, value) in enumerate(found)
+        ]
     found = []
     for where, vector in reading.norms:
         values: list[float] = vector.tolist()
@@ -260,7 +264,8 @@ def learning_rates(optimizer: Any) -> list[float]:
     for group in optimizer.param_groups:
         rate = group.get("lr", 0.0)
         if isinstance(rate, Tensor):
-            rate = rate.item() if rate.is_cpu and rate.numel() == 1 else 0.0
+            with Quiet():
+                rate = rate.item() if rate.is_cpu and rate.numel() == 1 else 0.0
         rates.append(short(float(rate)) if isinstance(rate, int | float) else 0.0)
     return rates
 
