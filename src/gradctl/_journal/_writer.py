@@ -84,10 +84,10 @@ class JournalWriter:
                 if self._descriptor is None:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
                     self._descriptor = os.open(self.path, flags, 0o600)
-                written = os.write(self._descriptor, data)
-                self.bytes += written
-                if written < len(data):
-                    raise OSError(f"only {written} of {len(data)} bytes were taken")
+                while data:  # once; a second write only tells why the first was cut short, by a full disk
+                    written = os.write(self._descriptor, data)
+                    self.bytes += written
+                    data = data[written:]
             except OSError as error:
                 self._fail(error.strerror or str(error))
 

@@ -62,7 +62,8 @@ class ProcessJournal(JournalWriter):
             if kind == "end":
                 fields = self._with_what_is_known(fields)
                 if self.failed is not None:
-                    self._end_in_full_file(fields)
+                    if self._whole_bytes:
+                        self._end_in_full_file(fields)
                     return
             super().write(kind, now=now, **fields)
 
@@ -72,6 +73,10 @@ class ProcessJournal(JournalWriter):
             self.started = True
             self.path = self._free_path()
             super().write("run", now=True, **self._head())
+
+    def discard(self) -> None:
+        """Write nothing any more, and make no file if there is none."""
+        self.failed = "discarded"
 
     def flush(self) -> None:
         """Take everything that waits to the file, in one write."""

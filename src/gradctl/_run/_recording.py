@@ -176,8 +176,7 @@ class Recording:
         is_child = self._writer.start == "child"
         self._recorder.drain()
         if is_child and not self._writer.started:
-            self._recorder.finish(how, code=None, exc=None)
-            return
+            self._writer.discard()  # a forked child that has recorded nothing leaves no file
         from gradctl._run import _exit_status
 
         exc = None if error is None else _exit_status.describe(error)
