@@ -114,6 +114,8 @@ def test_help_names_every_verb_and_the_exit_codes(capsys: pytest.CaptureFixture[
         (["run", "--name", "a/b", "x.py"], "--name cannot be 'a/b'"),
         (["run", "--policy", "none.toml", "x.py"], "cannot read the policy file none.toml"),
         (["run", "-k", "x.py"], "No such option"),
+        (["run", "--grad", "off", "-I", "-c", ""], "gradients cannot be kept off under `python -I`"),
+        (["run", "none.py"], "there is no script none.py"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),
         (["env", "--jsn"], "--json"),

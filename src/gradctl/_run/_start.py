@@ -42,6 +42,12 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
     environment = dict(os.environ)
     lost = next((letter for flag in flags for letter in _letters(flag) if letter in _UNSEEN), None)
     if lost is not None:
+        if policy.grad == "off":
+            raise UsageError(
+                f"gradients cannot be kept off under `python -{lost}`",
+                why=_UNSEEN[lost],
+                fix=f"leave -{lost} out, or switch off in the script: gradctl.off().start()",
+            )
         withdraw(environment)
         if not policy.quiet:
             print(f"gradctl: nothing can be recorded under `python -{lost}`: {_UNSEEN[lost]}", file=sys.stderr)
