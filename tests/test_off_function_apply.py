@@ -304,3 +304,15 @@ inside.wait()
     for _ in range(3):
         out = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=60)
         assert (out.returncode, out.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("outer", [torch.func.grad, torch.func.vmap], ids=["grad", "vmap"])
+def test_the_first_use_may_come_inside_of_a_transform(outer: Any) -> None:
+    names: list[str] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        names.append(_function_apply.choose.__wrapped__().name)
+        return x.sum()
+
+    outer(function)(torch.ones(2, 2))
+    assert names == ["native"]

@@ -55,6 +55,13 @@ NAMES: tuple[PrivateName, ...] = (
         "the class attribute `apply` is patched instead; on torch 2.14 and later, aliases captured before record",
     ),
     PrivateName(
+        "allow_single_level_function",
+        "torch._functorch.utils:enable_single_level_autograd_function",
+        "2.11-2.14",
+        "off",
+        "first use inside of a torch.func transform patches the class attribute `apply` instead of its C method",
+    ),
+    PrivateName(
         "module_call",
         "torch.nn:Module._wrapped_call_impl",
         "2.11-2.14",

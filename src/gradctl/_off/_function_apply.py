@@ -16,12 +16,12 @@ torch would make this unnecessary by asking `TensorImpl::requires_grad` through 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import platform
 import struct
 import sys
-import threading
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ import torch
 from gradctl import _taps
 from gradctl import _torch_private as private
 from gradctl._errors import SwitchFailed
+from gradctl._off._probe import Probe
 
 _METH_CLASS = 0x10
 _METH_METHOD = 0x200  # passes five arguments; the trampoline forwards four
@@ -345,48 +346,52 @@ _PROBES: list[Any] = []  # the method definitions of the self-test: CPython keep
 
 
 def _prove(base: Any, definition: _MethodDef, trampoline: int) -> None:
-    """Run the trampoline behind a method definition of our own, in a thread whose modes are all torch's defaults."""
+    """Run the trampoline behind a method definition of our own, in this thread but unseen by its modes."""
     trial = _MethodDef(b"apply", trampoline, definition.ml_flags, None)
     _PROBES.append(trial)
     make = _python_api("PyDescr_NewClassMethod", ctypes.py_object, ctypes.py_object, ctypes.POINTER(_MethodDef))
     descriptor: Any = make(base, ctypes.byref(trial))
-    faults: list[str] = ["it did not run"]
-
-    def probe() -> None:
-        faults.clear()
-        apply = descriptor.__get__(None, _probe_function())
-        leaf = torch.ones((), requires_grad=True)
-        for mode in (True, False):
-            torch._C._set_grad_enabled(mode)
-            if apply(leaf, False).grad_fn is not None:
-                faults.append("a graph was recorded")
-            try:
-                apply(leaf, True)
-            except ZeroDivisionError:
-                pass
-            else:
-                faults.append("an exception of forward was lost")
-            if torch.is_grad_enabled() is not mode:
-                faults.append("the grad mode was not put back")
-
-    try:
-        thread = threading.Thread(target=probe, name="gradctl-self-test", daemon=True)
-        thread.start()
-        thread.join()
-    except RuntimeError as error:  # threads cannot be started while the interpreter shuts down
-        faults.append(str(error))
+    apply = descriptor.__get__(None, _trial_function())
+    is_enabled, set_enabled = torch.is_grad_enabled, torch._C._set_grad_enabled
+    faults: list[str] = []
+    before = is_enabled()
+    allow = private.find("allow_single_level_function") or contextlib.nullcontext  # inside of a torch.func transform
+    with Probe().plain() as leaf, allow():
+        try:
+            for mode in (True, False):
+                set_enabled(mode)
+                if apply(leaf, False).grad_fn is not None:
+                    faults.append("a graph was recorded")
+                try:
+                    apply(leaf, True)
+                except ZeroDivisionError:
+                    pass
+                else:
+                    faults.append("an exception of forward was lost")
+                if is_enabled() is not mode:
+                    faults.append("the grad mode was not put back")
+        except Exception as error:
+            faults.append(f"{type(error).__name__}: {error}")
+        finally:
+            set_enabled(before)
     if faults:
         raise _Unavailable("the trampoline failed its self-test: " + "; ".join(faults))
 
 
-def _probe_function() -> type:
-    class Probe(torch.autograd.Function):
+def _trial_function() -> type:
+    class Trial(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
-        def forward(ctx: Any, leaf: Any, fail: bool) -> Any:
+        def forward(leaf: Any, fail: bool) -> Any:
             return leaf * (1 // (0 if fail else 1))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            return None
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return grads[0], None
 
-    return Probe
+    return Trial

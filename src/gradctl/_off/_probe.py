@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +32,13 @@ class Probe:
         if not self._leaf.requires_grad:  # made under a mode that keeps leaves from requiring a gradient
             self._guard = private.get("dispatch_guard")
         self._leaf = torch.ones((), device="cpu", requires_grad=True)
+
+    @contextmanager
+    def plain(self) -> Generator[Any]:
+        """Hide every mode of this thread; gives the leaf."""
+        assert self._keys is not None
+        with torch._C.DisableTorchFunction(), self._guard(*self._keys):
+            yield self._leaf
 
     def records(self) -> bool:
         """Run one operation with gradients enabled; whether its result has a graph."""
