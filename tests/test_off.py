@@ -16,10 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording import in_thread, leaf, records
 
 import gradctl
 from gradctl import _off, _taps
+from recording import in_thread, leaf, records
 
 
 def test_nothing_is_recorded_inside_and_all_is_as_before_outside() -> None:
@@ -27,7 +27,9 @@ def test_nothing_is_recorded_inside_and_all_is_as_before_outside() -> None:
     with gradctl.off():
         y = x * 2
         assert gradctl.is_off()
-        assert y.grad_fn is None and not y.requires_grad and y.is_leaf
+        assert y.grad_fn is None
+        assert not y.requires_grad
+        assert y.is_leaf
         assert not torch.is_inference(y)
     assert not gradctl.is_off()
     assert (x * 2).grad_fn is not None
@@ -167,7 +169,8 @@ def test_a_leaf_may_be_changed_in_place() -> None:
         w.view(-1).mul_(2)
         w.retain_grad()
     assert torch.equal(w.detach(), torch.full((3,), 4.0))
-    assert w.requires_grad and w.is_leaf
+    assert w.requires_grad
+    assert w.is_leaf
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
@@ -180,7 +183,9 @@ def test_it_composes_with_the_modes_of_torch_either_way_round(mode: Callable[[],
         with mode():
             assert (leaf() * 2).grad_fn is None
         assert (leaf() * 2).grad_fn is None
-    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and records()
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+    assert records()
 
 
 def test_a_no_grad_that_straddles_an_edge_leaves_the_mode_that_it_should() -> None:
@@ -305,8 +310,10 @@ def test_a_decorated_function_keeps_its_name_and_runs_with_gradients_off() -> No
         assert not records()
         return n
 
-    assert bare(3) == 7 and called(2) == 2
-    assert bare.__name__ == "bare" and bare.__doc__ == "Count down."
+    assert bare(3) == 7
+    assert called(2) == 2
+    assert bare.__name__ == "bare"
+    assert bare.__doc__ == "Count down."
     assert records()
 
 
@@ -336,7 +343,10 @@ def test_methods_may_be_decorated_above_and_below_staticmethod_and_classmethod()
         def of_class(cls) -> bool:
             return records()
 
-    assert not Server().method() and not Server.static() and not Server().static() and not Server.of_class()
+    assert not Server().method()
+    assert not Server.static()
+    assert not Server().static()
+    assert not Server.of_class()
 
 
 def test_a_decorated_generator_is_off_in_its_body_and_not_between_items() -> None:
@@ -350,20 +360,25 @@ def test_a_decorated_generator_is_off_in_its_body_and_not_between_items() -> Non
             yield records()
         finally:
             ended.append(records())
-        return 9  # noqa: B901
+        return 9
 
     ended: list[bool] = []
     body = items()
-    assert next(body) is False and records()
-    assert body.send("sent") is False and records()  # type: ignore[attr-defined]
-    assert body.throw(KeyError) is False and records()  # type: ignore[attr-defined]
+    assert next(body) is False
+    assert records()
+    assert body.send("sent") is False
+    assert records()
+    assert body.throw(KeyError) is False
+    assert records()
     with pytest.raises(StopIteration) as end:
         next(body)
-    assert end.value.value == 9 and ended == [False]
+    assert end.value.value == 9
+    assert ended == [False]
     early = items()
     next(early)
     early.close()  # type: ignore[attr-defined]
-    assert ended == [False, False] and records()
+    assert ended == [False, False]
+    assert records()
 
 
 def test_a_decorated_coroutine_is_off_until_it_is_done() -> None:
@@ -410,7 +425,8 @@ def test_a_decorated_asynchronous_generator_is_off_while_it_makes_an_item() -> N
         return seen
 
     assert asyncio.run(consume()) == [False, True, False, True]
-    assert ended == [False, False] and records()
+    assert ended == [False, False]
+    assert records()
 
 
 @pytest.mark.parametrize("thing", [int, property(lambda self: None), 3])

@@ -110,7 +110,7 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
             This switch.
         """
         if not self._started:
-            self._enter()
+            _the_switch().start(strict=self._strict, drain_seconds=self._drain_seconds)
             self._started.append(None)
         return self
 

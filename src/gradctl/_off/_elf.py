@@ -7,6 +7,7 @@ function's address. The words are found as the loader finds them: program header
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import struct
 from collections.abc import Iterator
@@ -14,42 +15,48 @@ from dataclasses import dataclass
 
 # Kinds of relocation that fill a word with a function's address: GLOB_DAT and JUMP_SLOT.
 _RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}
-_PT_DYNAMIC = 2
 _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_STRSZ, _DT_JMPREL = 2, 5, 6, 7, 8, 10, 23
 _SYMBOL_BYTES = _RELA_BYTES = 24
-_ADDS_OFFSET = 32  # dlpi_adds and dlpi_subs follow the four fields of _Info
-
-
-class _Header(ctypes.Structure):
-    """Elf64_Phdr."""
-
-    _fields_ = (
-        ("kind", ctypes.c_uint32),
-        ("flags", ctypes.c_uint32),
-        ("offset", ctypes.c_uint64),
-        ("vaddr", ctypes.c_uint64),
-        ("paddr", ctypes.c_uint64),
-        ("filesz", ctypes.c_uint64),
-        ("memsz", ctypes.c_uint64),
-        ("align", ctypes.c_uint64),
-    )
+_RTLD_DI_LINKMAP = 2
 
 
 class _Info(ctypes.Structure):
-    """The fields of dl_phdr_info that every system has."""
+    """dl_phdr_info."""
 
     _fields_ = (
         ("base", ctypes.c_uint64),
         ("name", ctypes.c_char_p),
-        ("headers", ctypes.POINTER(_Header)),
+        ("headers", ctypes.c_void_p),
         ("num_headers", ctypes.c_uint16),
+        ("adds", ctypes.c_uint64),
+        ("subs", ctypes.c_uint64),
+        ("later_fields", ctypes.c_char * 464),
     )
 
 
-# Called while the loader's lock is held: the interpreter's lock must not be let go in between, for a thread that
-# imports an extension holds the second and waits for the first. PyDLL and PYFUNCTYPE keep it.
-_Visit = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Info), ctypes.c_size_t, ctypes.c_void_p)
-_VisitAddress = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
+class _LinkMap(ctypes.Structure):
+    """The public part of link_map."""
+
+    _fields_ = (
+        ("base", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("dynamic", ctypes.c_uint64),
+        ("following", ctypes.c_uint64),
+    )
+
+
+class _Place(ctypes.Structure):
+    """Dl_info."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_uint64),
+        ("symbol", ctypes.c_char_p),
+        ("address", ctypes.c_uint64),
+    )
+
+
+_Visit = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_size_t)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +66,12 @@ class LoadedObject:
     Args:
         base: what is added to the addresses in the file.
         name: its path; empty for the executable.
-        dynamic: address of the dynamic section, or 0.
-        span: lowest and highest address of its segments.
+        dynamic: address of the dynamic section.
     """
 
     base: int
     name: str
     dynamic: int
-    span: tuple[int, int]
 
 
 class Unreadable(Exception):
@@ -85,20 +90,25 @@ class Loader:
         if machine not in _RELOCATIONS or struct.calcsize("P") != 8:
             raise Unreadable(f"relocations of {machine} are not known")
         self._kinds = _RELOCATIONS[machine]
+        libc = ctypes.PyDLL(None)
         try:
-            self._iterate = ctypes.PyDLL(None)["dl_iterate_phdr"]
+            self._iterate, copy = libc["dl_iterate_phdr"], libc["memmove"]
+            self._dlinfo, self._dlopen, self._dladdr = libc["dlinfo"], libc["dlopen"], libc["dladdr"]
         except AttributeError as error:
-            raise Unreadable("this system has no dl_iterate_phdr") from error
-        self._counts = (0, 0)
-        self._count_visit = _VisitAddress(self._count)
+            raise Unreadable(f"this system's loader cannot be asked: {error}") from error
+        self._dlopen.restype = ctypes.c_void_p
+        self._dlinfo.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+        self._dladdr.argtypes = [ctypes.c_size_t, ctypes.c_void_p]
+        # The visit runs while the loader's lock is held. Neither may the interpreter's lock be let go in between (a
+        # thread that imports an extension holds that one and waits for the other: hence PyDLL and PYFUNCTYPE) nor may
+        # a signal handler run. So no line of Python is in it: memmove(info, record, size), which also returns non-zero,
+        # and that ends the iteration: the counters are the same in every object's record.
+        self._info = _Info()
+        copy.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+        copy.restype = ctypes.c_int
+        self._visit = _Visit(functools.partial(copy, ctypes.addressof(self._info)))
         self._scanned: dict[tuple[LoadedObject, str], tuple[int, ...]] = {}
         self.counters()
-
-    def _count(self, info: int, size: int, _: int) -> int:
-        # The same numbers stand in every object's record, so the first one will do.
-        if size >= _ADDS_OFFSET + 16:
-            self._counts = struct.unpack("<2Q", ctypes.string_at(info + _ADDS_OFFSET, 16))
-        return 1
 
     def counters(self) -> tuple[int, int]:
         """Return how many objects were ever loaded and unloaded; it changes whenever `objects` may have changed.
@@ -106,28 +116,32 @@ class Loader:
         Raises:
             Unreadable: the loader does not count.
         """
-        self._counts = (0, 0)
-        self._iterate(self._count_visit, None)
-        if not self._counts[0]:
+        self._iterate(self._visit, None)
+        if not self._info.adds:
             raise Unreadable("the loader does not say when a library was loaded")
-        return self._counts
+        return self._info.adds, self._info.subs
 
     def objects(self) -> list[LoadedObject]:
-        """Return every object loaded now."""
+        """Return every object loaded now.
+
+        Raises:
+            Unreadable: the loader does not say.
+        """
+        at = ctypes.c_uint64()
+        if self._dlinfo(self._dlopen(None, 1), _RTLD_DI_LINKMAP, ctypes.byref(at)) or not at.value:
+            raise Unreadable("the loader does not say which libraries are loaded")
         found: list[LoadedObject] = []
-
-        def visit(info: ctypes._Pointer[_Info], size: int, _: int | None) -> int:  # pyright: ignore[reportUnusedParameter]
-            it = info.contents
-            headers = [it.headers[i] for i in range(it.num_headers)]
-            dynamic = next((it.base + h.vaddr for h in headers if h.kind == _PT_DYNAMIC), 0)
-            loads = [(it.base + h.vaddr, it.base + h.vaddr + h.memsz) for h in headers if h.kind == 1]
-            span = (min(low for low, _ in loads), max(high for _, high in loads)) if loads else (0, 0)
-            name = (it.name or b"").decode(errors="surrogateescape")
-            found.append(LoadedObject(it.base, name, dynamic, span))
-            return 0
-
-        self._iterate(_Visit(visit), None)
+        address = at.value
+        while address:
+            it = _LinkMap.from_address(address)
+            found.append(LoadedObject(it.base, (it.name or b"").decode(errors="surrogateescape"), it.dynamic))
+            address = it.following
         return found
+
+    def owns(self, loaded: LoadedObject, address: int) -> bool:
+        """Whether an address lies inside of an object."""
+        place = _Place()
+        return bool(self._dladdr(address, ctypes.byref(place))) and place.base == loaded.base
 
     def slots(self, symbol: str, loaded: LoadedObject) -> tuple[int, ...]:
         """Return the addresses of the words through which `loaded` calls `symbol`."""

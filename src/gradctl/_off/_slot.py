@@ -119,6 +119,12 @@ class Slots:
 
     def _refresh(self) -> None:
         """Find the slots again if a library was loaded or unloaded since the last time."""
+        try:
+            self._look()
+        except Unreadable as error:
+            raise SlotUnusable(str(error)) from error
+
+    def _look(self) -> None:
         while (counters := self._loader.counters()) != self._counters:
             loaded = self._loader.objects()
             self._loader.forget(loaded)
@@ -151,8 +157,7 @@ class Slots:
         return self._dlopen(os.fsencode(name), _RTLD_NOW | _RTLD_NOLOAD)
 
     def _is_unresolved(self, slot: _Slot, value: int) -> bool:
-        low, high = slot.owner.span  # a slot that is bound at the first call points into its own object until then
-        return low <= value < high
+        return self._loader.owns(slot.owner, value)  # a slot that is bound at its first call points there until then
 
     def _write(self, slot: _Slot, value: int) -> None:
         if slot.protection is None:

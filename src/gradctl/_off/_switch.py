@@ -110,6 +110,22 @@ def enter(*, strict: bool, drain_seconds: float) -> None:
             raise
 
 
+def start(*, strict: bool, drain_seconds: float) -> None:
+    """Take hold of the switch for longer than the caller's block.
+
+    Raises:
+        SwitchFailed: also when this thread is inside a backward, the rest of which would lose its gradients.
+    """
+    if _backwards.is_inside():
+        raise SwitchFailed(
+            "gradients were not switched off",
+            what=f"start() was called inside a running backward, at {_site.find()}",
+            why="the rest of that backward would lose its gradients",
+            fix="start before or after the backward, or use `with gradctl.off():` inside the hook",
+        )
+    enter(strict=strict, drain_seconds=drain_seconds)
+
+
 def leave(*, strict: bool) -> None:
     """Let go of the switch; the last one to let go turns gradients on again."""
     global _holds
