@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
 from gradctl._journal import Event
@@ -57,10 +58,12 @@ def _lane_title(title: str, y: float, *subs: str) -> list[Markup]:
 
 def _grid(scale: Scale) -> list[Markup]:
     parts: list[Markup] = []
+    last = math.inf
     for tick in scale.ticks():
         y = scale(tick)
-        if min(scale.start, scale.end) - 1 <= y <= max(scale.start, scale.end) + 1:
+        if scale.end - 1 <= y <= scale.start + 1 and abs(last - y) >= 13:
             parts += [line(LEFT, y, RIGHT, y, "grid"), text(tick_text(tick), LEFT - 10, y + 4, anchor="end")]
+            last = y
     return parts
 
 
@@ -80,7 +83,7 @@ def loss_lane(seen: Trace, axis: Scale, bad_step: int | None) -> list[Markup]:
         ]
     first, last = seen.loss.first, seen.loss.last
     values = [float(v) for part in (curve.low, curve.high) for v in part]
-    scale, above, below = fit(values, LOSS[1], LOSS[0], keep=(first,) if bad_step else (first, last))
+    scale, above, below = fit(values, LOSS[1], LOSS[0] + 10, keep=(first,) if bad_step else (first, last))
     xs, lows = _pixels(curve, curve.low.tolist(), axis, scale)
     highs = [scale(float(v)) for v in curve.high]
     raw = [scale(float(v)) for v in curve.y]
@@ -96,41 +99,47 @@ def loss_lane(seen: Trace, axis: Scale, bad_step: int | None) -> list[Markup]:
     else:
         smooth = raw
         parts += [element("path", d=path_data(xs, raw), class_="mean")]
+    if above or below:
+        parts.append(_off_scale(curve, xs, above=above))
+    hide_first = bad_step is not None and axis(bad_step - 0.5) - xs[0] <= 60
+    return [*parts, *_first_and_last(seen.loss, xs, raw, smooth, highs, hide_first=hide_first)]
+
+
+def _off_scale(curve: Curve, xs: Sequence[float], *, above: bool) -> Markup:
+    """Say how far the values reach that the scale leaves out, where the farthest of them is."""
+    outer = [v if math.isfinite(v) else 0.0 for v in (curve.high if above else curve.low).tolist()]
+    extreme = max(outer) if above else min(outer)
+    x = xs[outer.index(extreme)]
+    words = f"{'up' if above else 'down'} to {short(extreme)}, off scale"
+    before = x - LEFT > 170
+    y = LOSS[0] - 3 if above else LOSS[1] + 12
+    return text(words, x - 4 if before else x + 8, y, "off halo", anchor="end" if before else None)
+
+
+def _first_and_last(
+    loss: Curve,
+    xs: Sequence[float],
+    raw: Sequence[float],
+    smooth: Sequence[float],
+    highs: Sequence[float],
+    *,
+    hide_first: bool,
+) -> list[Markup]:
+    """Write the first value beside the start of the curve, on the side it moves away from, and the last at its end."""
     places = [k for k, y in enumerate(smooth) if not math.isnan(y)]
     start, end = places[0], places[-1]
-    if above or below:
-        extreme = (
-            max(values, key=lambda v: -math.inf if math.isnan(v) else v)
-            if above
-            else min(values, key=lambda v: math.inf if math.isnan(v) else v)
-        )
-        outer = curve.high.tolist() if above else curve.low.tolist()
-        x = xs[outer.index(extreme)]
-        right = x > (LEFT + RIGHT) / 2
-        words = f"{'up' if above else 'down'} to {short(extreme)}, off scale"
-        y = LOSS[0] - 3 if above else LOSS[1] + 12
-        parts.append(
-            text(
-                words,
-                x - 4 if right or x - LEFT > 170 else x + 8,
-                y,
-                "off halo",
-                anchor="end" if right or x - LEFT > 170 else None,
-            )
-        )
-    if seen.last_step == 1:
-        return [*parts, text(short(first), xs[start] + 8, smooth[start] - 8, "value halo")]
-    falls = raw[min(len(raw) - 1, start + 2)] >= raw[start] or math.isnan(raw[min(len(raw) - 1, start + 2)])
-    y = raw[start] - 6 if raw[start] - 6 > LOSS[0] + 6 else raw[start] + 4
-    y = y if falls else min(raw[start] + 17, LOSS[1] + 12)
-    if not bad_step or axis(bad_step - 0.5) - xs[start] > 60:
-        parts.append(text(short(first), xs[start] + 8, y, "value halo"))
-    if end > start and xs[end] - xs[start] > 90:
-        y = smooth[end] - 8 if smooth[end] - 8 > LOSS[0] + 4 else smooth[end] + 19
-        highest = min((y for y in highs[max(0, end - len(highs) // 16) : end + 1] if not math.isnan(y)), default=y)
-        y = highest - 6 if LOSS[0] + 6 < highest - 6 < y else y
-        parts.append(text(short(last), min(xs[end], RIGHT), y, "value halo", anchor="end"))
-    return parts
+    soon = raw[next((k for k in range(start, end) if xs[k] > xs[start] + 30), end)]
+    rises = not math.isnan(soon) and soon < raw[start]
+    labels: list[Markup] = []
+    if not hide_first:
+        y = min(raw[start] + 17, LOSS[1] + 12) if rises else raw[start] - 6
+        labels.append(text(short(loss.first), xs[start] + 8, y, "value halo"))
+    if xs[end] - xs[start] > 90:
+        tail = [y for y in highs[max(0, end - len(highs) // 16) : end + 1] if not math.isnan(y)]
+        y = min([smooth[end], *tail]) - 7
+        y = y if y > LOSS[0] else smooth[end] + 19
+        labels.append(text(short(loss.last), min(xs[end], RIGHT), y, "value halo", anchor="end"))
+    return labels
 
 
 def norm_lane(seen: Trace, axis: Scale) -> list[Markup]:
@@ -197,12 +206,11 @@ def rate_lane(seen: Trace, axis: Scale) -> list[Markup]:
             xs, ys = [axis(0.5), *xs, axis(seen.last_step + 0.5)], [ys[0], *ys, ys[-1]]
         parts.append(element("path", d=path_data(xs, ys), class_="lr" if k == 0 else "lr other"))
     main = curves[0]
-    y = scale(main.last) - 5
+    under = np.interp(np.linspace(0.82, 1.0, 8) * seen.last_step, main.x, main.y)  # the words are as wide as this
+    y = max(RATE[0] - 6, min(scale(float(v)) for v in under) - 6)
     others = f", {len(curves) - 1} more group{'s' if len(curves) > 2 else ''}" if len(curves) > 1 else ""
     peak = f"peak {short(top)}, now " if top > main.last * 1.02 and not others else ""
-    parts.append(
-        text(f"{peak}{short(main.last)}{others}", RIGHT, y if y > RATE[0] - 8 else RATE[0] - 5, "halo", anchor="end")
-    )
+    parts.append(text(f"{peak}{short(main.last)}{others}", RIGHT, y, "halo", anchor="end"))
     return parts
 
 

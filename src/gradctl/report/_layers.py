@@ -118,7 +118,7 @@ def table(seen: Trace) -> LayerTable | None:
     )
 
 
-def shape_note(table: LayerTable) -> str:
+def left_out_note(table: LayerTable) -> str:
     """Say what the table leaves out, or nothing."""
     notes: list[str] = []
     if table.sparks_left_out:

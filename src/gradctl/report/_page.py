@@ -44,6 +44,7 @@ def render(run: Run, verdict: Verdict) -> str:
     whole = Facts(run)
     late = lateness(whole)
     ranks = _processes.ranks(whole.ranks, chosen, late.rank if late else None)
+    layers = _layers.table(seen) if seen else None
     command, facts = _sections.meta(run, main, len(ranks))
     script = _resource("page.js")
     page = _environment().get_template("page.html.j2").render(
@@ -53,14 +54,14 @@ def render(run: Run, verdict: Verdict) -> str:
         chart=_draw(seen, verdict, whole) if seen and main else None,
         run_note=_run_note(seen, verdict),
         ranks=ranks,
-        others=_processes.others(run, main, chosen) if seen else (),
+        others=_processes.others(run, main, chosen, whole.ranks) if seen else (),
         main_label=_main_label(seen),
         split=time_split(seen.blocks) if seen else None,
         gpu=bool(main and main.run and main.run.device not in ("", "cpu")),
         saved=_sections.saved_table(main) if main else None,
         agreement=_sections.agreement(seen) if seen else None,
-        layers=_layers.table(seen) if seen else None,
-        layers_note=_layers_note(seen),
+        layers=layers,
+        layers_note=_layers_note(layers) if layers else "",
         footer=_sections.footer(run, main),
         css=Markup(_resource("page.css")),
         js=Markup(script),
@@ -70,13 +71,12 @@ def render(run: Run, verdict: Verdict) -> str:
 
 
 def _draw(seen: Trace, verdict: Verdict, whole: Facts) -> _chart.Chart:
-    found = whole.training.nonfinite if whole.training and whole.training.id == verdict.main_optimizer else None
-    bad = Bad(verdict.first_bad_step, 1, lasting=False) if verdict.first_bad_step else None
-    if bad and found:
-        bad = Bad(bad.first, found.steps, found.lasting)
     heat = _heat.build(seen.names, seen.samples, seen.last_step)
-    events = verdict.main.events if verdict.main else ()
-    return _chart.draw(seen, events, bad=bad, heat=heat)
+    bad: Bad | None = None
+    if verdict.first_bad_step:
+        found = whole.training.nonfinite if whole.training else None
+        bad = Bad(verdict.first_bad_step, found.steps if found else 1, lasting=bool(found and found.lasting))
+    return _chart.draw(seen, verdict.main.events if verdict.main else (), bad=bad, heat=heat)
 
 
 def _run_note(seen: Trace | None, verdict: Verdict) -> str:
@@ -106,17 +106,14 @@ def _main_label(seen: Trace | None) -> str:
     return f"{label} of {roots}" if roots else f"{label} with {count_text(len(seen.names))} tensors"
 
 
-def _layers_note(seen: Trace | None) -> str:
-    shown = _layers.table(seen) if seen else None
-    if shown is None:
-        return ""
+def _layers_note(layers: _layers.LayerTable) -> str:
     parts = ["Median over the sampled steps, curves on their own scale."]
-    if shown.any_update:
+    if layers.any_update:
         parts.append(
             "An update moves a healthy matrix by 5e-5 to 1e-2 of its size, the green band. Vectors, grey, start near"
             " zero and may move more."
         )
-    return " ".join([*parts, _layers.shape_note(shown)]).strip()
+    return " ".join([*parts, _layers.left_out_note(layers)]).strip()
 
 
 def prose(words: str, names: Sequence[str] = ()) -> Markup:
@@ -131,6 +128,10 @@ def prose(words: str, names: Sequence[str] = ()) -> Markup:
     return Markup().join([*parts, escape(words[end:])])
 
 
+def _minus(words: str) -> str:
+    return re.sub(r"(?<!\w)-(?=\d)", "−", words)
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -141,7 +142,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     filters: dict[str, Any] = environment.filters  # typed after the built-in ones
-    filters |= {"ms": milliseconds_text, "prose": prose, "shortened": shortened}
+    filters |= {"minus": _minus, "ms": milliseconds_text, "prose": prose, "shortened": shortened}
     return environment
 
 

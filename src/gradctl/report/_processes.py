@@ -112,13 +112,13 @@ class OtherRow:
     spark: str
 
 
-def others(run: Run, main: Journal | None, optimizers: Sequence[int]) -> tuple[OtherRow, ...]:
-    """Return the main journal's other optimizers, then the children that trained something."""
+def others(run: Run, main: Journal | None, optimizers: Sequence[int], ranks: Sequence[Journal]) -> tuple[OtherRow, ...]:
+    """Return the main journal's other optimizers, then the children that trained something and are no rank."""
     if main is None:
         return ()
     rows = [_other(main, o, "") for o in sorted(main.optimizers) if o not in optimizers]
     for child in run.children:
-        if child is not main and not main.is_child:
+        if child not in ranks:
             rows += [_other(child, o, f" in child {child.pid}") for o in sorted(child.optimizers)[:4]]
     return tuple(rows[:40])
 

@@ -57,11 +57,13 @@ def saved_table(journal: Journal) -> SavedTable | None:
     for row in saved.rows:
         size, count, modules = places.get(row.where, (0, 0, []))
         pattern = collapsed(row.module) if row.module else ""
+        pattern = row.module or "" if pattern == "*" else pattern
         if pattern and pattern not in modules:
             modules.append(pattern)
         places[row.where] = (size + row.bytes, count + row.count, modules)
     ordered = sorted(places.items(), key=lambda item: -item[1][0])
     largest = max((size for _, (size, _, _) in ordered), default=0) or 1
+    ordered = [item for item in ordered if item[1][0] > 0]
     shown = tuple(
         _place(where, size, count, modules, largest, saved.method == "hooks")
         for where, (size, count, modules) in ordered[:MOST_PLACES]
@@ -69,7 +71,7 @@ def saved_table(journal: Journal) -> SavedTable | None:
     left = ordered[MOST_PLACES:]
     size = max(0, saved.total - sum(s for _, (s, _, _) in ordered[:MOST_PLACES]))
     rest = None
-    if left or (size > 0.005 * saved.total and size > 0):
+    if size > 0 and (left or size > 0.005 * saved.total):
         noun = ("line" if saved.method == "hooks" else "op") + ("s" if len(left) != 1 else "")
         count = max(0, saved.count - sum(c for _, (_, c, _) in ordered[:MOST_PLACES]))
         rest = Place(
@@ -248,4 +250,5 @@ def _cost(main: Journal | None) -> str:
         else ""
     )
     steady = seconds_text(max(0.0, end.cost - end.one_off))
-    return f"{end.share * 100:.2f} % of wall time: {steady} of {seconds_text(end.wall)}{once}.{tail}{faults}"
+    share = f"{end.share * 100:.{2 if end.share < 0.1 else 0}f}"
+    return f"{share} % of wall time: {steady} of {seconds_text(end.wall)}{once}.{tail}{faults}"

@@ -245,9 +245,9 @@ class TimeSplit:
 
 
 def time_split(blocks: Sequence[Block]) -> TimeSplit | None:
-    """Average the times of the blocks; the first step (warm-up) only counts if there is no other."""
+    """Average the times of the blocks; the first three steps (warm-up) only count if there are no others."""
     timed = [b for b in blocks if b.step_ms > 0 and math.isfinite(b.step_ms)]
-    timed = [b for b in timed if b.n > 1] or timed
+    timed = [b for b in timed if b.n > 3] or timed
     if not timed:
         return None
     weight = np.array([b.c for b in timed], dtype=np.float64)
