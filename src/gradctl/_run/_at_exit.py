@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradctl._journal import FILE_NAME
-from gradctl._run import _directory
+from gradctl._run import _directory, _exit_status
 from gradctl._run._injection import withdraw
 from gradctl._run._process import take_not_seen
 
@@ -22,11 +22,12 @@ FAILED_RANKS_SECONDS = 1.0
 """The same when this rank failed: the others may be waiting for it, and the launcher for all."""
 
 
-def main_process_ends(settings: Mapping[str, Any]) -> None:
+def main_process_ends(settings: Mapping[str, Any], status: tuple[Any] | None) -> None:
     """Say what the run has left behind; runs in the main process, after everything else.
 
     Args:
         settings: what GRADCTL_RUN said when the process began.
+        status: what `sys.exit` or `os._exit` was given, if that is known.
     """
     if settings["main_pid"] != os.getpid() or not settings["draws"]:
         return
@@ -39,7 +40,8 @@ def main_process_ends(settings: Mapping[str, Any]) -> None:
             if speaks:
                 say(f"gradctl: the run directory {directory} is gone: there is nothing to report")
             return
-        wait_for_ranks(directory, settings["rank"])
+        failed = _exit_status.code(status) not in (0, None)
+        wait_for_ranks(directory, settings["rank"], seconds=FAILED_RANKS_SECONDS if failed else RANKS_SECONDS)
         not_seen = take_not_seen(directory)
         if any(FILE_NAME.fullmatch(name) for name in os.listdir(directory)):
             (directory / _directory.NOT_SEEN).unlink(missing_ok=True)
@@ -118,15 +120,15 @@ def _wait(pid: int, seconds: float) -> bool:
     return False
 
 
-def wait_for_ranks(directory: Path, own: int) -> None:
-    """Wait a bounded time until the other ranks that share this directory have ended.
+def wait_for_ranks(directory: Path, own: int, *, seconds: float = RANKS_SECONDS) -> None:
+    """Wait until the other ranks that share this directory have ended.
 
     Args:
         directory: the run directory.
         own: the rank that waits.
+        seconds: how long at most.
     """
     others = {rank: pid for rank, pid in _directory.started_ranks(directory).items() if rank != own}
-    seconds = RANKS_SECONDS if getattr(sys, "last_value", None) is None else FAILED_RANKS_SECONDS
     deadline = time.monotonic() + seconds
     while others and time.monotonic() < deadline:
         for rank, pid in list(others.items()):

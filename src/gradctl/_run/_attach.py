@@ -80,7 +80,7 @@ class Listening:
             try:
                 self.end("os._exit", status)
                 if self.is_main:
-                    _at_exit.main_process_ends(self.settings)
+                    _at_exit.main_process_ends(self.settings, (status,))
             finally:
                 inner(status)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def _launch(environment: Mapping[str, str], rank_name: str) -> str:
     The launcher is the nearest ancestor that was not itself started as a rank; its process id and start time are the
     same for all ranks of a launch and differ between launches, which the rendezvous address alone does not.
     """
-    facts = [os.uname().nodename, *_ancestor(rank_name)]
+    facts = [platform.node(), *_ancestor(rank_name)]
     facts += [
         environment.get(name, "")
         for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID", "SLURM_STEP_ID")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -111,7 +112,7 @@ class ProcessJournal(JournalWriter):
         rank, world_size = process_rank()
         main = self.start != "child"
         argv = self.settings.get("argv") if self.start == "run" else redact(sys.argv)
-        torch, system = sys.modules.get("torch"), os.uname()
+        torch = sys.modules.get("torch")
         return {
             "schema": SCHEMA,
             "argv": argv,
@@ -123,12 +124,12 @@ class ProcessJournal(JournalWriter):
             "main": main,
             "rank": rank,
             "world_size": world_size,
-            "host": system.nodename,
+            "host": platform.node(),
             "started": round(self._began, 3),
             "python": sys.version.split()[0],
             "torch": str(getattr(torch, "__version__", "")),
             "gradctl": __version__,
-            "platform": f"{system.sysname} {system.release} {system.machine}",
+            "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
             "device": _device(torch),
             "threads": _number_of_threads(torch),
             "start": self.start,

@@ -280,7 +280,8 @@ def _follow_forks(recording: Recording) -> None:
         if found is not None and found._running:
             found._forked()
 
-    os.register_at_fork(after_in_child=forked)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=forked)
 
 
 def _script() -> str:

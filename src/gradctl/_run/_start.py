@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from gradctl._errors import UsageError
+from gradctl._errors import GradctlError, UsageError
 from gradctl._policy import Policy
 from gradctl._run import _directory, _launcher
 from gradctl._run._injection import inject, withdraw
@@ -33,9 +33,16 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
         script: what stands for the script in `command`: its path, the module, `-` or `-c`.
 
     Raises:
+        GradctlError: this system cannot replace a process.
         UsageError: there is no such script, or it is not a Python program.
         RunDirectoryError: the run directory holds something already, or cannot be made.
     """
+    if os.name != "posix":
+        raise GradctlError(
+            "gradctl run works on Linux and macOS only",
+            why="a program cannot take the place of another here",
+            fix="call gradctl.record() in the script",
+        )
     flags, kind = _split(command, script)
     if kind == "file":
         check_script(script)
@@ -59,7 +66,7 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
             environment,
             {
                 "script": display_name(script),
-                "argv": redact(arguments),
+                "argv": _shortened(redact(arguments)),
                 "rank": rank.rank,
                 "draws": rank.draws,
                 "grad": policy.grad,
@@ -77,6 +84,18 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
         if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]  (closed by whoever started us)
             stream.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def _shortened(arguments: Sequence[str]) -> list[str]:
+    """Leave out what would not fit: one variable of an environment holds 128 KiB at most."""
+    kept: list[str] = []
+    room = 16384
+    for argument in arguments:
+        room -= len(argument.encode("utf-8", "surrogateescape")) + 8
+        if room < 0:
+            return [*kept, f"... ({len(arguments) - len(kept)} more)"]
+        kept.append(argument)
+    return kept
 
 
 def display_name(script: str) -> str:

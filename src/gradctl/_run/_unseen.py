@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradctl import _taps
-from gradctl._run._injection import VARIABLE
+from gradctl._run._injection import SITE, VARIABLE
 from gradctl._run._process import ProcessJournal
 
 _ELSEWHERE = {
@@ -24,9 +24,13 @@ def listen(journal: ProcessJournal) -> _taps.Handle:
     def around(inner: Any) -> Any:
         def start(popen: Any, args: Any, *rest: Any, **keywords: Any) -> Any:
             environment = keywords.get("env", rest[9] if len(rest) > 9 else None)
-            why = reason(args, environment)
-            if why is not None and len(journal.not_seen) < _KEPT:
-                journal.not_seen[why] = None
+            if len(journal.not_seen) < _KEPT:
+                try:
+                    why = reason(args, environment)
+                except (TypeError, ValueError, AttributeError):
+                    why = None  # it is about to fail in Popen itself
+                if why is not None:
+                    journal.not_seen[why] = None
             return inner(popen, args, *rest, **keywords)
 
         return start
@@ -50,18 +54,14 @@ def reason(args: Any, environment: Mapping[Any, Any] | None) -> tuple[str, str] 
         lost = next((letter for letter in word[1:] if letter in "EIS"), None) if word[1] not in "-WX" else None
         if lost is not None:
             return "a Python child", f"it was started with -{lost}"
-    if environment is not None and VARIABLE not in environment and VARIABLE.encode() not in environment:
-        return "a Python child", "it was started with an environment of its own"
+    told = os.environ if environment is None else {os.fsdecode(key): value for key, value in environment.items()}
+    if VARIABLE not in told or SITE not in os.fsdecode(told.get("PYTHONPATH", "")).split(os.pathsep):
+        return "a Python child", f"it was started without the {VARIABLE} and PYTHONPATH of this program"
     return None
 
 
 def _words(args: Any) -> Sequence[str]:
-    try:
-        if isinstance(args, str | bytes):
-            text = os.fsdecode(args)
-            return shlex.split(text) if len(text) < 4096 else []
-        if isinstance(args, os.PathLike):
-            return [os.fsdecode(args)]
-        return [os.fsdecode(word) for word in args]
-    except (TypeError, ValueError):
-        return []  # it is about to fail in Popen itself
+    if isinstance(args, str | bytes):
+        text = os.fsdecode(args)
+        return shlex.split(text) if len(text) < 4096 else []
+    return [os.fsdecode(args)] if isinstance(args, os.PathLike) else [os.fsdecode(word) for word in args]

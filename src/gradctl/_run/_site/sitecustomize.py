@@ -93,6 +93,8 @@ def _attach():
         else:
             from gradctl._run import _attach
         _attach.attach(_RUN, _Leaving)
+    except KeyboardInterrupt:
+        raise  # it was meant for the program
     except BaseException as fault:
         _not_seen("process %d" % os.getpid(), "gradctl could not listen: %s: %s" % (type(fault).__name__, fault))
 
@@ -169,7 +171,7 @@ def _at_exit():
 
         from gradctl._run import _at_exit as at_exit
 
-        at_exit.main_process_ends(json.loads(_RUN))
+        at_exit.main_process_ends(json.loads(_RUN), _Leaving.status)
     except BaseException as fault:
         _not_seen("the report", "gradctl could not draw it: %s: %s" % (type(fault).__name__, fault))
         if _says("quiet", "false") and _says("rank", 0):
