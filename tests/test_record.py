@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from flights import close, plain_and_recorded, recorded
 from torch import Tensor, nn
 
+from flights import close, plain_and_recorded, recorded
 from gradctl._errors import NonFiniteGradient
 from gradctl._journal import Journal
 

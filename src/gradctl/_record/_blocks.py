@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,21 +28,31 @@ class Lane:
     """What happened in one thread since its last optimizer step, and in all."""
 
     __slots__ = (
-        "backward", "backwards", "begin", "clips", "consumers", "data", "fresh", "last", "losses", "optimizer",
-        "optimizer_end", "steps",
-    )  # fmt: skip
+        "backward",
+        "begin",
+        "clips",
+        "consumers",
+        "data",
+        "fresh",
+        "inner",
+        "last_fresh",
+        "last_losses",
+        "losses",
+        "optimizer",
+        "optimizer_end",
+        "steps",
+    )
 
     def __init__(self) -> None:
-        self.backward = self.data = self.optimizer = 0.0
+        self.backward = self.data = self.optimizer = self.optimizer_end = 0.0
         self.begin: float | None = None
-        self.optimizer_end = 0.0
-        self.fresh = 0
-        self.losses: list[float] = []
+        self.fresh = self.last_fresh = self.steps = 0
+        self.losses: list[Any] = []
+        self.last_losses: list[Any] = []
         self.clips: list[tuple[float | None, float]] = []
-        self.backwards: list[tuple[float, float]] = []
-        self.last: tuple[int, list[float]] = (0, [])
+        # Start of each backward, and the seconds of all before it: what part of a step with a closure is backward.
+        self.inner: list[float] = []
         self.consumers: set[int] = set()
-        self.steps = 0
 
 
 class Drain:
@@ -85,14 +95,14 @@ class Drain:
         stamps = self._stamps[: len(self._stamps) // ATOMS * ATOMS]
         del self._stamps[: len(stamps)]
         _fetch_values(stamps)
-        lanes = self._lanes
+        lanes, by_number = self._lanes, self._by_number
         for start in range(0, len(stamps), ATOMS):
             code, thread, begin, end, value = stamps[start : start + ATOMS]
             lane = lanes.get(thread)
             if lane is None:
                 lane = lanes[thread] = Lane()
             if code >= 0:
-                self._step(self._by_number[code], lane, begin, end)
+                self._step(by_number[code], lane, begin, end)
                 continue
             if code == CLIP:
                 lane.clips.append((begin, end))
@@ -101,22 +111,22 @@ class Drain:
                 lane.begin = begin
             if code == DATA:
                 lane.data += end - begin
+                continue
+            lane.inner += (begin, lane.backward)
+            lane.backward += end - begin
+            if code == BACKWARD:
+                self.backwards += 1
+                lane.fresh += 1
+                if value is not None:
+                    lane.losses.append(value)
             else:
-                lane.backward += end - begin
-                lane.backwards.append((begin, end))
-                if code == BACKWARD:
-                    self.backwards += 1
-                    lane.fresh += 1
-                    if value is not None:
-                        lane.losses.append(value)
-                else:
-                    self.grads += 1
-                if len(lane.backwards) > 4096:  # a thread that never steps
-                    lane.backwards = []
-                    lane.losses = lane.losses[-16:]
+                self.grads += 1
+            if len(lane.inner) > 4096:  # a thread that never steps
+                lane.inner.clear()
+                del lane.losses[:-16]
 
     def _step(self, state: OptimizerState, lane: Lane, begin: float, end: float) -> None:
-        if len(self._lanes) > 1 and not lane.fresh:
+        if not lane.fresh and len(self._lanes) > 1:
             self._adopt(lane)
         block = state.block
         if block is None:
@@ -124,35 +134,63 @@ class Drain:
         state.done += 1
         block.steps += 1
         lane.steps += 1
+        consumers = lane.consumers
         if lane.fresh:
-            lane.last = (lane.fresh, lane.losses)
-            lane.fresh, lane.losses = 0, []
-            lane.consumers = {state.o}
-        elif state.o in lane.consumers:
-            lane.last = (0, [])
+            lane.last_fresh, lane.fresh = lane.fresh, 0
+            lane.last_losses, lane.losses = lane.losses, lane.last_losses
+            lane.losses.clear()
+            consumers.clear()
+            consumers.add(state.o)
+        elif state.o in consumers:
+            lane.last_fresh = 0
+            lane.last_losses.clear()
         else:
             # Two optimizers after one backward share what that backward was.
-            lane.consumers.add(state.o)
-        microbatches, losses = lane.last
-        self._book_losses(state, block, losses)
-        block.microbatches += microbatches
-        self._book_pattern(state, microbatches)
-        inside = sum(stop - start for start, stop in lane.backwards if start >= begin)
-        lane.optimizer += max(0.0, end - max(begin, lane.optimizer_end) - inside)
+            consumers.add(state.o)
+        for loss in lane.last_losses:
+            if type(loss) is not float:
+                self._on_bad_loss(state, state.done)
+                loss = loss[0]
+            if loss - loss != 0.0:
+                block.bad += 1
+                continue
+            block.losses += 1
+            block.sum_loss += loss
+            if loss < block.lowest:
+                block.lowest = loss
+            if loss > block.highest:
+                block.highest = loss
+        block.microbatches += lane.last_fresh
+        if lane.last_fresh == state.pattern:
+            state.pattern_streak += 1
+            if state.pattern_streak == 3:
+                self._book_pattern(state)
+        else:
+            state.pattern, state.pattern_streak = lane.last_fresh, 1
+        alone = end - (begin if begin > lane.optimizer_end else lane.optimizer_end)
+        inner = lane.inner
+        if inner and inner[-2] >= begin:
+            first = next(place for place in range(0, len(inner), 2) if inner[place] >= begin)
+            alone -= lane.backward - inner[first + 1]
+        inner.clear()
+        if alone > 0.0:
+            lane.optimizer += alone
         lane.optimizer_end = end
-        lane.backwards = []
-        for norm, limit in lane.clips:
-            _book_clip(block, norm, limit)
-        lane.clips = []
-        marks = (lane.backward, lane.optimizer, lane.data)
-        since = state.last_end if state.last_end is not None else lane.begin
+        if lane.clips:
+            for norm, limit in lane.clips:
+                _book_clip(block, norm, limit)
+            lane.clips.clear()
+        since = state.last_end
+        if since is None:
+            since = lane.begin
         if since is not None:
             block.timed += 1
             block.seconds += end - since
-            block.sum_backward += marks[0] - state.lane_marks[0]
-            block.sum_optimizer += marks[1] - state.lane_marks[1]
-            block.sum_data += marks[2] - state.lane_marks[2]
-        state.lane_marks, state.last_end = marks, end
+            block.sum_backward += lane.backward - state.mark_backward
+            block.sum_optimizer += lane.optimizer - state.mark_optimizer
+            block.sum_data += lane.data - state.mark_data
+        state.mark_backward, state.mark_optimizer, state.mark_data = lane.backward, lane.optimizer, lane.data
+        state.last_end = end
         if closes_block(steps=block.steps, done=state.done, seconds=block.seconds):
             self.close(state, end)
 
@@ -169,31 +207,12 @@ class Drain:
             if lane.begin is None:
                 lane.begin = other.begin
             other.backward = other.data = 0.0
-            other.fresh, other.losses, other.clips, other.backwards = 0, [], [], []
+            other.fresh, other.losses, other.clips = 0, [], []
 
-    def _book_losses(self, state: OptimizerState, block: Block, losses: Iterable[Any]) -> None:
-        for loss in losses:
-            if isinstance(loss, tuple):
-                self._on_bad_loss(state, state.done)
-                loss = loss[0]
-            if loss - loss != 0.0:
-                block.bad += 1
-                continue
-            block.losses += 1
-            block.sum_loss += loss
-            if loss < block.lowest:
-                block.lowest = loss
-            if loss > block.highest:
-                block.highest = loss
-
-    def _book_pattern(self, state: OptimizerState, microbatches: int) -> None:
-        if microbatches != state.pattern:
-            state.pattern, state.pattern_streak = microbatches, 1
-            return
-        state.pattern_streak += 1
-        if state.pattern_streak == 3 and microbatches not in (0, state.pattern_written):
-            state.pattern_written = microbatches
-            self._on_accumulation(state, state.done - 2, microbatches)
+    def _book_pattern(self, state: OptimizerState) -> None:
+        if state.pattern not in (0, state.pattern_written):
+            state.pattern_written = state.pattern
+            self._on_accumulation(state, state.done - 2, state.pattern)
 
     def close(self, state: OptimizerState, end: float) -> None:
         """Write the block of `state` that is open, and its maxima when their stretch is long enough."""

@@ -78,6 +78,8 @@ def next_row(
         if spent > budget * elapsed:
             debt_steps = (spent - budget * elapsed) / (budget * step_seconds)
             gap = max(gap, min(math.ceil(debt_steps), 4 * step))
+    else:
+        gap = 4 * step  # no budget, or a clock that stands still
     if not aligned:
         return step + gap
     gap = power_of_two(gap)

@@ -92,7 +92,9 @@ class OptimizerState:
     block: Block | None = None
     done: int = 0
     last_maxima: int = 0
-    lane_marks: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    mark_backward: float = 0.0
+    mark_optimizer: float = 0.0
+    mark_data: float = 0.0
     last_end: float | None = None
     pattern: int = 0
     pattern_streak: int = 0
