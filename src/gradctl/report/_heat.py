@@ -57,7 +57,6 @@ class HeatMap:
         low: norm of the darkest colour of `absolute`.
         high: norm of the lightest colour of `absolute`.
         kinds: which of "zero", "NaN / inf" and "no gradient" appear.
-        per_tensor: True when each row is one tensor, False when tensors were combined.
     """
 
     absolute: str
@@ -68,7 +67,6 @@ class HeatMap:
     low: float
     high: float
     kinds: frozenset[str]
-    per_tensor: bool
 
 
 def build(names: Sequence[str | None], samples: Samples, last_step: int) -> HeatMap | None:
@@ -108,7 +106,6 @@ def build(names: Sequence[str | None], samples: Samples, last_step: int) -> Heat
         low=10.0**low,
         high=10.0**high,
         kinds=frozenset(kinds),
-        per_tensor=len(groups) == len(names),
     )
 
 
@@ -127,19 +124,36 @@ def rows_of(names: Sequence[str | None]) -> list[tuple[str, list[int]]]:
     """
     paths = [tuple(name.split(".")) if name else (f"tensor {index}", "") for index, name in enumerate(names)]
     deepest = max(len(path) for path in paths)
-    groups = _by_prefix([path[:-1] or path for path in paths])
+    finer = groups = _by_prefix([path[:-1] or path for path in paths])
     for depth in range(min(deepest, 12) - 1, 0, -1):
         if len(groups) <= MOST_ROWS:
-            return groups
-        groups = _by_prefix([path[:-1][:depth] or path for path in paths])
-    if len(groups) <= MOST_ROWS:
-        return groups
-    merged: list[tuple[str, list[int]]] = []
-    for chunk in np.array_split(np.arange(len(groups)), MOST_ROWS):
-        first, last = groups[int(chunk[0])], groups[int(chunk[-1])]
-        members = [index for k in chunk for index in groups[int(k)][1]]
-        merged.append((first[0] if first[0] == last[0] else f"{first[0]} … {last[0]}", members))
-    return merged
+            break
+        finer, groups = groups, _by_prefix([path[:-1][:depth] or path for path in paths])
+    if len(finer) <= MOST_ROWS:
+        return finer
+    every = -(-len(finer) // MOST_ROWS)
+    while len(merged := _merged(finer, every)) > MOST_ROWS and every < len(finer):
+        every *= 2
+    if len(merged) > MOST_ROWS:  # every row has a parent of its own: join them regardless of it
+        every = -(-len(finer) // MOST_ROWS)
+        merged = [_joined(finer[k : k + every]) for k in range(0, len(finer), every)]
+    return max((g for g in (groups, merged) if len(g) <= MOST_ROWS), key=len)
+
+
+def _merged(groups: Sequence[tuple[str, list[int]]], every: int) -> list[tuple[str, list[int]]]:
+    """Join up to `every` neighbours that lie in the same block."""
+    rows: list[tuple[str, list[int]]] = []
+    for _, siblings in groupby(groups, key=lambda group: group[0].rpartition(".")[0]):
+        block = list(siblings)
+        rows += [_joined(block[k : k + every]) for k in range(0, len(block), every)]
+    return rows
+
+
+def _joined(groups: Sequence[tuple[str, list[int]]]) -> tuple[str, list[int]]:
+    first, last = groups[0][0], groups[-1][0]
+    tail = last.rpartition(".")[2] if first.rpartition(".")[0] == last.rpartition(".")[0] else last
+    label = first if first == last else f"{first} … {tail}"
+    return label, [index for _, members in groups for index in members]
 
 
 def brackets_of(labels: Sequence[str]) -> tuple[Bracket, ...]:
@@ -151,7 +165,7 @@ def brackets_of(labels: Sequence[str]) -> tuple[Bracket, ...]:
     keys: list[str] = []
     for path in paths:
         rest = path[shared:]
-        numbered = next((k for k, part in enumerate(rest[:3]) if part.isdigit()), 0)
+        numbered = next((k for k, part in enumerate(rest[:3]) if part.split(" ")[0].isdigit()), 0)
         keys.append(".".join(rest[: numbered + 1]))
     while (
         shared < 12 and len(keys) > 1 and len(set(keys)) > 1
