@@ -362,15 +362,17 @@ def test_a_turn_that_is_interrupted_by_another_is_finished_by_it(
         with gradctl.off():
             assert not records()
 
+    def followed_by_interrupt(inner: Callable[[], Any]) -> Callable[[], Any]:
+        def step_of_a_turn() -> Any:
+            result = inner()
+            interrupt()
+            return result
+
+        return step_of_a_turn
+
     for part in (installed.engine, installed.apply, installed.autograd, installed.stance):
         for name in ("shut", "open"):
-
-            def wrapped(inner: Callable[[], Any] = getattr(part, name)) -> Any:
-                result = inner()
-                interrupt()
-                return result
-
-            monkeypatch.setattr(part, name, wrapped)
+            monkeypatch.setattr(part, name, followed_by_interrupt(getattr(part, name)))
     with gradctl.off():
         assert not records()
     assert records() is not (keeps and busy)
