@@ -84,9 +84,6 @@ def _nothing(facts: Facts) -> str:
 def _well(facts: Facts, findings: tuple[Finding, ...]) -> str:
     steps, reached = facts.steps, [t.reached for t in facts.trainings]
     slugs = {f.slug for f in findings}
-    odd = next((f for f in findings if f.slug in ("gradients-zero", "update-too-large", "bf16-stall")), None)
-    if odd is not None:
-        return odd.symptom
     if not any(r is not None for r in reached):
         return f"{count(steps, 'step')} {'was' if steps == 1 else 'were'} recorded; gradients were not measured"
     body = "Gradients reach every parameter"

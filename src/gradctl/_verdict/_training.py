@@ -274,11 +274,16 @@ def trainings(journal: Journal) -> tuple[Training, ...]:
     return tuple(found)
 
 
-def command(record: RunRecord | None) -> str:
-    """The command as a person would type it, for one line."""
+def command(record: RunRecord | None, *, short: bool = False) -> str:
+    """The command as a person would type it, for one line; `short` names the script without its folder."""
     if record is None:
         return ""
-    return " ".join(record.argv) if record.argv else record.script
+    if not record.argv:
+        return record.script
+    first = record.argv[0]
+    if short and record.script and first.endswith(f"/{record.script}"):
+        first = record.script
+    return " ".join((first, *record.argv[1:]))
 
 
 def texts(value: Any) -> tuple[str, ...]:

@@ -225,8 +225,8 @@ def journal_file(facts: Facts) -> Iterator[Finding]:
 
 def not_seen(facts: Facts) -> Iterator[Finding]:
     """Training that happened where it could not be recorded."""
-    if facts.training is not None or facts.record is None or facts.record.grad == "off":
-        return
+    if facts.training is not None or facts.record is None or facts.record.grad == "off" or facts.failure is not None:
+        return  # a script that failed before its first step has hidden nothing
     for what, why in missed(facts)[:1]:
         yield finding(
             "not-seen",

@@ -48,17 +48,15 @@ def draw(run: Run, *, console: Console, page: Path | None = None) -> Verdict:
         lines.gap()
         _finding(lines, finding)
     if verdict.hidden:
-        lines.say(
-            f"and {count(verdict.hidden, 'more finding')}: gradctl report {run.directory} --json -", "dim", indent=2
-        )
+        lines.unbroken(f"  and {count(verdict.hidden, 'more finding')}: gradctl report {run.directory} --json -")
     for head, rows in (_ranks(facts), _layers(facts)):
         if rows:
             lines.gap()
             lines.table(head, rows)
     lines.gap()
     if page is not None:
-        lines.path("report", page)
-    lines.path("journal", verdict.main.path if verdict.main else run.directory)
+        lines.unbroken(f"  report   {page}")
+    lines.unbroken(f"  journal  {verdict.main.path if verdict.main else run.directory}")
     return verdict
 
 
@@ -87,9 +85,9 @@ class _Lines:
             self.put(Text(" " * (indent if first else indent + hang)) + line)
             first = False
 
-    def path(self, label: str, path: Path) -> None:
-        """Print where something lies, unbroken, so that it can be copied."""
-        self.put(Text(self.clean(f"  {label:<7}  {path}")))
+    def unbroken(self, text: str) -> None:
+        """Print a path or a command in one piece, however long, so that it can be copied."""
+        self.put(Text(self.clean(text)))
 
     def put(self, line: Text) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -131,7 +129,7 @@ def meta(facts: Facts) -> str:
         ended = "running" if facts.still_running else "no end record"
     else:
         ended = f"exit {end.code}" if end.code is not None else end.how or "ended"
-    parts = [clean(command(record), most=120), ended]
+    parts = [clean(command(record, short=True), most=120), ended]
     if end is not None and end.wall > 0 and math.isfinite(end.wall):
         parts.append(seconds(end.wall))
     parts.append(f"torch {record.torch}" if record.torch else "")
