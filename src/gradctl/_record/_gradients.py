@@ -18,6 +18,8 @@ from gradctl import _torch_private as private
 
 PLAIN = frozenset((Tensor,))
 _PLAIN_PARAMETERS = (Tensor, Parameter)
+_REAL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+_no_dispatch: Any = vars(torch._C.TensorBase).get("__torch_dispatch__", None) or Tensor.__dict__["__torch_dispatch__"]
 _foreach_norm: Any = private.find("foreach_norm")
 
 
@@ -28,14 +30,11 @@ def parameters_of(optimizer: Any) -> list[Tensor]:
 
 def local_part(tensor: Any) -> Tensor | None:
     """Return `tensor` as a plain strided tensor of this process, or None if it cannot be read without its own code."""
-    kind = type(tensor)
+    kind: Any = type(tensor)
     if kind not in _PLAIN_PARAMETERS:
-        inner = getattr(tensor, "_local_tensor", None)
-        if inner is not None:
-            tensor = inner
-        elif kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return None
-        if type(tensor) not in _PLAIN_PARAMETERS and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        tensor = getattr(tensor, "_local_tensor", tensor)
+        kind = type(tensor)
+        if kind not in _PLAIN_PARAMETERS and kind.__torch_dispatch__ is not _no_dispatch:
             return None
     if tensor.layout is not torch.strided:
         if tensor.layout is torch.sparse_coo:
@@ -44,9 +43,9 @@ def local_part(tensor: Any) -> Tensor | None:
             tensor = tensor.values()
         else:
             return None
-    if tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()):
-        return None
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if tensor.dtype in _REAL and not tensor.is_meta:
+        return tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() and not tensor.is_meta else None
 
 
 def is_simple(tensors: Sequence[Tensor]) -> bool:
@@ -65,34 +64,23 @@ def is_simple(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def stacked_norms(tensors: Sequence[Tensor], order: float = 2.0) -> Tensor:
-    """Return the norms of `tensors` (strided, real, one device) as one vector.
+def stacked_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norms of `tensors` (strided, real, one group of `by_place`) as one vector.
 
     The norm of 16-bit gradients is taken in float32, where their squares do not overflow.
     """
-    wide = tensors[0].dtype is torch.float64
-    dtype = torch.float64 if wide else torch.float32
-    if _foreach_norm is not None and all((tensor.dtype is torch.float64) is wide for tensor in tensors):
-        return torch.stack(_foreach_norm(tensors, order, dtype))
-    return torch.stack([torch.linalg.vector_norm(tensor, order, dtype=torch.float64) for tensor in tensors])
+    dtype = torch.float64 if tensors[0].dtype is torch.float64 else torch.float32
+    if _foreach_norm is not None:
+        return torch.stack(_foreach_norm(tensors, 2.0, dtype))
+    return torch.stack([torch.linalg.vector_norm(tensor, dtype=dtype) for tensor in tensors])
 
 
-def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
-    """Group the indexes of `tensors` by device."""
-    groups: dict[torch.device, list[int]] = {}
+def by_place(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Group the indexes of `tensors` by device, double precision apart."""
+    groups: dict[tuple[torch.device, bool], list[int]] = {}
     for index, tensor in enumerate(tensors):
-        groups.setdefault(tensor.device, []).append(index)
-    return groups
-
-
-def norms(tensors: Sequence[Tensor]) -> list[float]:
-    """Return the norm of each of `tensors` (strided, real); waits for other devices."""
-    found = [0.0] * len(tensors)
-    for indexes in by_device(tensors).values():
-        chosen = [tensors[index] for index in indexes]
-        for index, value in zip(indexes, stacked_norms(chosen).tolist(), strict=True):
-            found[index] = value
-    return found
+        groups.setdefault((tensor.device, tensor.dtype is torch.float64), []).append(index)
+    return list(groups.values())
 
 
 def exact_norm(tensor: Tensor) -> float:

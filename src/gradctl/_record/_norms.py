@@ -16,7 +16,7 @@ from torch import Tensor
 from gradctl._record import _quiet
 from gradctl._record._gradients import (
     PLAIN,
-    by_device,
+    by_place,
     exact_norm,
     is_simple,
     local_part,
@@ -137,8 +137,8 @@ class NormTier:
             if len(self._patterns) > 64:
                 self._patterns.clear()
             reading = Reading(tensors, pattern, none)
-            groups = by_device(tensors)
-            for positions in groups.values():
+            groups = by_place(tensors)
+            for positions in groups:
                 vector = stacked_norms([tensors[position] for position in positions])
                 reading.norms.append((None if len(groups) == 1 else positions, vector))
         return reading

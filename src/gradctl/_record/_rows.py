@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from gradctl._journal import JournalWriter, encode_norms
-from gradctl._record._gradients import exact_norm, local_part, parameters_of, stacked_norms
+from gradctl._record._gradients import exact_norm, local_part
 from gradctl._record._norms import Reading
 from gradctl._record._quiet import Quiet
-from gradctl._record._sketch import Places, gather, split
+from gradctl._record._sketch import Places, gather, sums
 from gradctl._record._state import OptimizerState
 
 _SMALL_WEIGHT = 1e-8
@@ -158,30 +158,30 @@ class RowTier:
                 norms[index] = value
         ratios: list[float | None] = [None] * state.num
         dot = own = other = zeros = elements = 0.0
-        has_cosine = False
         for group, neighbours, low, pack in row.packs:
-            columns = _columns(pack.tolist(), len(group.indexes))
-            update, weight, norm, nonzero = columns[:4]
+            numbers: list[float] = pack.tolist()
+            scale, columns = numbers[0], _columns(numbers[1:], len(group.indexes))
+            nonzero = columns.pop(0)
+            stuck = columns.pop(0) if low else []
+            update, weight = columns[:2]
             for position, index in enumerate(group.indexes):
                 if index >= state.num or index in reading.none:
                     continue
-                if weight[position] >= _SMALL_WEIGHT or weight[position] != weight[position]:
-                    ratios[index] = update[position] / weight[position]
-                if not group.seen[position]:
-                    continue
+                weight_norm = math.sqrt(weight[position])
                 places = group.places[position]
                 share = places.numel / places.count
+                if not weight_norm * math.sqrt(share) < _SMALL_WEIGHT:
+                    ratios[index] = scale * math.sqrt(update[position]) / weight_norm
+                if not group.seen[position]:
+                    continue
                 elements += places.numel
                 zeros += share * (places.count - nonzero[position])
                 if neighbours:
-                    has_cosine = True
-                    before, plus, minus = columns[4][position], columns[5][position], columns[6][position]
-                    dot += share * (plus * plus - minus * minus) / 4.0
-                    own += share * norm[position] ** 2
-                    other += share * before * before
+                    own += share * columns[2][position]
+                    other += share * columns[3][position]
+                    dot += share * columns[4][position]
                 if low:
-                    stuck = columns[-1][position]
-                    self._note_stall(state, index, row, stuck, nonzero[position])
+                    self._note_stall(state, index, row, stuck[position], nonzero[position])
         finite = [value for value in norms if value is not None]
         fields: dict[str, Any] = {
             "o": state.o,
@@ -195,7 +195,7 @@ class RowTier:
         }
         if elements:
             fields["dead"] = short(zeros / elements)
-        if has_cosine and own > 0.0 and other > 0.0 and math.isfinite(dot / math.sqrt(own) / math.sqrt(other)):
+        if own > 0.0 and other > 0.0 and math.isfinite(dot + own + other):
             fields["cos"] = short(max(-1.0, min(1.0, dot / math.sqrt(own) / math.sqrt(other))))
         fields["lr"] = row.lr
         fields.update(peak_memory())
@@ -214,28 +214,32 @@ class RowTier:
 
 
 def _pack(group: _Group, after: Tensor, before: Tensor | None, low: bool) -> Tensor:
-    """Return all numbers of one device as one vector, a column of one number a tensor after the other.
+    """Return all numbers of one device as one vector: the scale of the updates, then columns of one number a tensor.
 
-    Columns: |update|, |weight|, |gradient|, its nonzero elements; with a neighbour |its gradient|, |sum|, |difference|;
-    with 16-bit weights the elements whose gradient is not zero and that did not move.
+    Columns: update squared, weight squared, nonzero gradient elements; with a neighbour gradient squared, its gradient
+    squared, their product; with 16-bit weights the elements whose gradient is not zero and that did not move. Updates
+    and gradients are divided by their largest first, so that small squares do not vanish.
     """
+    lengths = torch.tensor([places.count for places in group.places], device=after.device)
     gradient = group.gradient if group.gradient is not None else torch.zeros_like(group.weights)
-    update = after.sub_(group.weights)
-    columns = [
-        stacked_norms(split(update, group.places)),
-        stacked_norms(split(group.weights, group.places)),
-        stacked_norms(split(gradient, group.places)),
-    ]
     nonzero = gradient != 0
-    columns.append(stacked_norms(split(nonzero.float(), group.places), 1.0))
-    if before is not None:
-        columns.append(stacked_norms(split(before, group.places)))
-        columns.append(stacked_norms(split(gradient + before, group.places)))
-        columns.append(stacked_norms(split(gradient - before, group.places)))
+    update = after.sub_(group.weights)
+    columns = [sums(nonzero.float(), lengths)]
     if low:
-        stuck = nonzero.logical_and_(update == 0).float()
-        columns.append(stacked_norms(split(stuck, group.places), 1.0))
-    return torch.cat(columns)
+        columns.append(sums((nonzero & (update == 0)).float(), lengths))
+    scale = _largest(update)
+    columns.append(sums(update.div_(scale).square_(), lengths))
+    columns.append(sums(group.weights.square_(), lengths))
+    gradient.div_(_largest(gradient))
+    if before is not None:
+        columns += [sums(left * right, lengths) for left, right in ((gradient,) * 2, (before,) * 2, (gradient, before))]
+    return torch.cat([scale.reshape(1), *columns])
+
+
+def _largest(vector: Tensor) -> Tensor:
+    """Return the largest magnitude in `vector`, at least the smallest normal number."""
+    low, high = torch.aminmax(vector)
+    return torch.maximum(-low, high).clamp_min(torch.finfo(vector.dtype).tiny)
 
 
 def _columns(numbers: list[float], size: int) -> list[list[float]]:
@@ -287,6 +291,3 @@ def peak_memory() -> dict[str, float]:
     if torch.cuda.is_initialized():
         found["cuda"] = max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count())) >> 20
     return found
-
-
-__all__ = ["Row", "RowTier", "learning_rates", "parameters_of", "peak_memory", "short"]

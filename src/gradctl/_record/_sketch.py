@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +67,9 @@ def gather(places: Sequence[Places], tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([part if part.dtype is torch.float32 else part.float() for part in parts])
 
 
-def split(vector: Tensor, places: Sequence[Places]) -> Any:
-    """Part what `gather` made into one view a tensor."""
-    return vector.split([place.count for place in places])
+def sums(vector: Tensor, lengths: Tensor) -> Tensor:
+    """Return the sum of each part of `vector`, part after part `lengths` long."""
+    if vector.device.type in ("cpu", "cuda"):
+        return torch.segment_reduce(vector, "sum", lengths=lengths)
+    owner = torch.arange(len(lengths), device=vector.device).repeat_interleave(lengths)
+    return vector.new_zeros(len(lengths)).index_add_(0, owner, vector)
