@@ -1,13 +1,15 @@
 """Which import slots of the loaded ELF objects are bound to one C++ symbol, read from memory with ctypes.
 
 An object that calls a function of another object does so through a word of its own, which the loader fills with the
-function's address. The words are found as the loader finds them: program headers, dynamic section, relocations.
+function's address. The words are found as the loader finds them: dynamic section, symbols, relocations. Another
+thread may unload an object at any time: none is read that is not pinned.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import struct
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from dataclasses import dataclass
 _RELOCATIONS = {"x86_64": (6, 7), "aarch64": (1025, 1026)}
 _DT_PLTRELSZ, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_STRSZ, _DT_JMPREL = 2, 5, 6, 7, 8, 10, 23
 _SYMBOL_BYTES = _RELA_BYTES = 24
-_RTLD_DI_LINKMAP = 2
+_RTLD_DI_LINKMAP, _RTLD_LAZY, _RTLD_NOLOAD = 2, 1, 4
 
 
 class _Info(ctypes.Structure):
@@ -90,13 +92,17 @@ class Loader:
         if machine not in _RELOCATIONS or struct.calcsize("P") != 8:
             raise Unreadable(f"relocations of {machine} are not known")
         self._kinds = _RELOCATIONS[machine]
-        libc = ctypes.PyDLL(None)
+        libc, libc_unlocked = ctypes.PyDLL(None), ctypes.CDLL(None)
         try:
             self._iterate, copy = libc["dl_iterate_phdr"], libc["memmove"]
-            self._dlinfo, self._dlopen, self._dladdr = libc["dlinfo"], libc["dlopen"], libc["dladdr"]
+            self._dlinfo, self._dladdr = libc["dlinfo"], libc["dladdr"]
+            # These wait for a library that another thread is loading, whose initialisation may want the interpreter.
+            self._dlopen, self._dlclose = libc_unlocked["dlopen"], libc_unlocked["dlclose"]
         except AttributeError as error:
             raise Unreadable(f"this system's loader cannot be asked: {error}") from error
         self._dlopen.restype = ctypes.c_void_p
+        self._dlopen.argtypes = [ctypes.c_char_p, ctypes.c_int]
+        self._dlclose.argtypes = [ctypes.c_void_p]
         self._dlinfo.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
         self._dladdr.argtypes = [ctypes.c_size_t, ctypes.c_void_p]
         # The visit runs while the loader's lock is held. Neither may the interpreter's lock be let go in between (a
@@ -121,22 +127,28 @@ class Loader:
             raise Unreadable("the loader does not say when a library was loaded")
         return self._info.adds, self._info.subs
 
-    def objects(self) -> list[LoadedObject]:
-        """Return every object loaded now.
+    def pin(self, name: str) -> tuple[LoadedObject, int] | None:
+        """Keep a loaded object in memory.
 
-        Raises:
-            Unreadable: the loader does not say.
+        Args:
+            name: its path; empty for the executable.
+
+        Returns:
+            The object and a handle for `unpin`, or None if no such object is loaded.
         """
+        handle = self._dlopen(os.fsencode(name) or None, _RTLD_LAZY | _RTLD_NOLOAD)
+        if not handle:
+            return None
         at = ctypes.c_uint64()
-        if self._dlinfo(self._dlopen(None, 1), _RTLD_DI_LINKMAP, ctypes.byref(at)) or not at.value:
-            raise Unreadable("the loader does not say which libraries are loaded")
-        found: list[LoadedObject] = []
-        address = at.value
-        while address:
-            it = _LinkMap.from_address(address)
-            found.append(LoadedObject(it.base, (it.name or b"").decode(errors="surrogateescape"), it.dynamic))
-            address = it.following
-        return found
+        if self._dlinfo(handle, _RTLD_DI_LINKMAP, ctypes.byref(at)) or not at.value:
+            self.unpin(handle)
+            return None
+        it = _LinkMap.from_address(at.value)
+        return LoadedObject(it.base, name, it.dynamic), handle
+
+    def unpin(self, handle: int) -> None:
+        """Let the object go; it is unloaded here if its program has let it go too."""
+        self._dlclose(handle)
 
     def owns(self, loaded: LoadedObject, address: int) -> bool:
         """Whether an address lies inside of an object."""
@@ -144,15 +156,14 @@ class Loader:
         return bool(self._dladdr(address, ctypes.byref(place))) and place.base == loaded.base
 
     def slots(self, symbol: str, loaded: LoadedObject) -> tuple[int, ...]:
-        """Return the addresses of the words through which `loaded` calls `symbol`."""
+        """Return the addresses of the words through which `loaded`, which must be pinned, calls `symbol`."""
         key = (loaded, symbol)
         if key not in self._scanned:
             self._scanned[key] = tuple(_scan(loaded, symbol.encode(), self._kinds))
         return self._scanned[key]
 
-    def forget(self, still_loaded: list[LoadedObject]) -> None:
+    def forget(self, alive: set[LoadedObject]) -> None:
         """Drop what is remembered of objects that are no longer loaded."""
-        alive = set(still_loaded)
         self._scanned = {key: slots for key, slots in self._scanned.items() if key[0] in alive}
 
 

@@ -56,6 +56,7 @@ def engine_report() -> EngineReport:
             *engine.gaps,
             *(() if apply.gap is None else (apply.gap,)),
             "calling a node of a graph by hand: y.grad_fn(g)",
+            "a library that C, not Python, loads while gradients are off, until the switch is next turned",
             "processes that were running before",
         ),
     )

@@ -23,8 +23,7 @@ from gradctl._off._probe import EngineFailed, Probe
 
 REQUIRES_GRAD = "_ZNK3c1010TensorImpl13requires_gradEv"  # bool c10::TensorImpl::requires_grad() const
 REPLACEMENT = "pthread_spin_destroy"  # glibc and musl: return 0
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_RTLD_NOW, _RTLD_NOLOAD = 2, 4
+_LOOKS = 3
 
 
 class SlotUnusable(EngineFailed):
@@ -37,7 +36,7 @@ class _Slot:
     address: int
     owner: LoadedObject
     protection: int | None  # of its page, when it cannot be written as it is
-    before: int  # what the word held when it was shut
+    before: int  # what the word held when it was turned
 
 
 class Slots:
@@ -57,26 +56,23 @@ class Slots:
             self._truth = _address_of(ctypes.PyDLL(torch._C.__file__), REQUIRES_GRAD)
             libc = ctypes.PyDLL(None, use_errno=True)
             self._answer_no = _address_of(libc, REPLACEMENT)
-            self._dlopen, self._dlclose, self._mprotect = libc["dlopen"], libc["dlclose"], libc["mprotect"]
+            self._mprotect = libc["mprotect"]
         except (Unreadable, AttributeError, OSError) as error:
             raise SlotUnusable(str(error)) from error
-        self._dlopen.restype = ctypes.c_void_p
-        self._dlopen.argtypes = [ctypes.c_char_p, ctypes.c_int]
-        self._dlclose.argtypes = [ctypes.c_void_p]
         self._mprotect.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
         _check_replacement(self._answer_no)
+        self._torch = os.path.realpath(os.path.dirname(torch.__file__)) + os.sep
         self._counters = (0, 0)
         self._slots: list[_Slot] = []
-        self._extensions: list[str] = []
-        self._pins: list[int] = []
+        self._pins: dict[LoadedObject, int] = {}
         self._probe = Probe()
         self._refresh()
-        if not any(slot.owner.name.startswith(_TORCH) for slot in self._slots):
+        if not any(self._is_permanent(slot.owner) for slot in self._slots):
             raise SlotUnusable("torch's libraries do not import TensorImpl::requires_grad")
 
     def words(self) -> dict[int, int]:
-        """Return what stands in every slot now, by address."""
-        return {slot.address: slot.word.value for slot in self._slots}
+        """Return what stands in the slots that may be read now, by address."""
+        return {slot.address: slot.word.value for slot in self._slots if self._is_safe(slot.owner)}
 
     def libraries(self) -> list[str]:
         """Return the paths of the libraries whose slots these are."""
@@ -89,26 +85,26 @@ class Slots:
             SlotUnusable: something unexpected stands in a slot; `open` puts back those that were changed.
         """
         self._refresh()
-        while self._extensions and not self._pins:
-            self._pins = [pin for pin in map(self._pin, self._extensions) if pin]
-            self._refresh()  # one may have been unloaded before it was pinned
         for slot in self._slots:
+            if not (self._is_safe(slot.owner) or self._pin(slot.owner)):
+                continue  # unloaded since
             now = slot.word.value
             if now == self._answer_no:
                 continue
-            if now != self._truth and not self._is_unresolved(slot, now):
+            if now != self._truth and not self._loader.owns(slot.owner, now):
                 raise SlotUnusable(f"an import slot of {slot.owner.name} holds an address that is not torch's")
-            slot.before = self._truth  # what the loader itself would write into a slot it has not yet filled
+            # A slot that is bound at its first call points into its own library until then. What is put back is what
+            # the loader would write into it.
+            slot.before = self._truth
             self._write(slot, self._answer_no)
 
     def open(self) -> None:
         """Put back what stood in every slot, where what stands there is still ours; may be repeated."""
         for slot in self._slots:
-            if slot.word.value == self._answer_no:
+            if self._is_safe(slot.owner) and slot.word.value == self._answer_no:
                 self._write(slot, slot.before)
-        pins, self._pins = self._pins, []
-        for pin in pins:
-            self._dlclose(pin)
+        while self._pins:
+            self._loader.unpin(self._pins.popitem()[1])
 
     def remove(self) -> None:
         """Do nothing: between `open` and `shut` nothing stands anywhere."""
@@ -117,47 +113,61 @@ class Slots:
         """Whether an operation records a graph now."""
         return self._probe.records()
 
+    def _is_permanent(self, owner: LoadedObject) -> bool:
+        return owner.name.startswith(self._torch)  # torch's own libraries are never unloaded
+
+    def _is_safe(self, owner: LoadedObject) -> bool:
+        """Whether the owner's memory may be touched: an extension's page must stay while its word is ours."""
+        return owner in self._pins or self._is_permanent(owner)
+
+    def _pin(self, owner: LoadedObject) -> bool:
+        pinned = self._loader.pin(owner.name)
+        if pinned is None:
+            return False
+        if pinned[0] != owner:
+            self._loader.unpin(pinned[1])
+            return False
+        self._pins[owner] = pinned[1]
+        return True
+
     def _refresh(self) -> None:
         """Find the slots again if a library was loaded or unloaded since the last time."""
         try:
-            self._look()
-        except Unreadable as error:
+            for _ in range(_LOOKS):
+                counters = self._loader.counters()
+                if counters == self._counters:
+                    return
+                self._look()
+                self._counters = counters
+        except (Unreadable, OSError) as error:
             raise SlotUnusable(str(error)) from error
 
     def _look(self) -> None:
-        while (counters := self._loader.counters()) != self._counters:
-            loaded = self._loader.objects()
-            self._loader.forget(loaded)
-            known = {slot.address: slot for slot in self._slots}
-            protections = _Protections()
-            found: list[_Slot] = []
-            for owner in loaded:
-                if os.path.basename(owner.name).startswith("libtorch_python"):
-                    continue
+        memory = _Memory()
+        known = {slot.address: slot for slot in self._slots}
+        found = {slot.address: slot for slot in self._slots if self._is_safe(slot.owner)}
+        alive: set[LoadedObject] = set()
+        for name in memory.files():
+            if os.path.basename(name).startswith("libtorch_python"):
+                continue
+            pinned = self._loader.pin(name)
+            if pinned is None:
+                continue
+            owner, handle = pinned
+            try:
+                alive.add(owner)
                 for address in self._loader.slots(REQUIRES_GRAD, owner):
-                    old = known.get(address)
-                    if old is not None and old.owner == owner:
-                        found.append(old)
-                    elif address % 8:
+                    if address % 8:
                         raise SlotUnusable(f"an import slot of {owner.name} is not aligned")
-                    else:
+                    old = known.get(address)
+                    if old is None or old.owner != owner:
                         word = ctypes.c_size_t.from_address(address)
-                        found.append(_Slot(word, address, owner, protections.if_not_writable(address), self._truth))
-            self._slots = found
-            # torch's own libraries are never unloaded. An extension's page must stay while its word is ours.
-            self._extensions = sorted({s.owner.name for s in found if s.owner.name and _TORCH not in s.owner.name})
-            pins, self._pins = self._pins, []
-            if pins:
-                self._pins = [pin for pin in map(self._pin, self._extensions) if pin]
-                for pin in pins:
-                    self._dlclose(pin)
-            self._counters = counters
-
-    def _pin(self, name: str) -> int | None:
-        return self._dlopen(os.fsencode(name), _RTLD_NOW | _RTLD_NOLOAD)
-
-    def _is_unresolved(self, slot: _Slot, value: int) -> bool:
-        return self._loader.owns(slot.owner, value)  # a slot that is bound at its first call points there until then
+                        old = _Slot(word, address, owner, memory.protection_if_not_writable(address), self._truth)
+                    found[address] = old
+            finally:
+                self._loader.unpin(handle)
+        self._loader.forget(alive)
+        self._slots = list(found.values())
 
     def _write(self, slot: _Slot, value: int) -> None:
         if slot.protection is None:
@@ -170,27 +180,34 @@ class Slots:
         self._mprotect(page, mmap.PAGESIZE, slot.protection)
 
 
-class _Protections:
-    """What the kernel allows at an address; the map is read once."""
+class _Memory:
+    """What the kernel says is mapped where."""
 
     def __init__(self) -> None:
-        self._spans: list[tuple[int, int, int]] | None = None
+        self._spans: list[tuple[int, int, int]] = []
+        self._files: dict[str, None] = {"": None}  # the executable, by the loader's name for it
+        self._read()
 
-    def if_not_writable(self, address: int) -> int | None:
+    def _read(self) -> None:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                fields = line.rstrip("\n").split(maxsplit=5)
+                low, high = (int(end, 16) for end in fields[0].split("-"))
+                self._spans.append((low, high, _as_protection(fields[1])))
+                if len(fields) == 6 and "x" in fields[1] and fields[5].startswith("/"):
+                    self._files[fields[5].removesuffix(" (deleted)")] = None
+
+    def files(self) -> list[str]:
+        """Return every file that is mapped to be executed, libraries among them."""
+        return list(self._files)
+
+    def protection_if_not_writable(self, address: int) -> int | None:
         """Return the protection of the page at `address`, or None when it can be written."""
-        if self._spans is None:
-            self._spans = []
-            try:
-                with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
-                    for line in maps:
-                        span, flags = line.split(maxsplit=2)[:2]
-                        low, high = (int(end, 16) for end in span.split("-"))
-                        self._spans.append((low, high, _as_protection(flags)))
-            except OSError as error:
-                raise SlotUnusable(f"the kernel does not say which memory can be written: {error}") from error
-        for low, high, protection in self._spans:
-            if low <= address < high:
-                return None if protection & mmap.PROT_WRITE else protection
+        for _ in range(2):
+            for low, high, protection in reversed(self._spans):
+                if low <= address < high:
+                    return None if protection & mmap.PROT_WRITE else protection
+            self._read()  # its library was loaded since
         raise SlotUnusable("an import slot lies outside of the memory of this process")
 
 
