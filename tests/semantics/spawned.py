@@ -1,6 +1,7 @@
 """Children that start a Python of their own: spawn, a fork server, `subprocess`, a data loader."""
 
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -33,7 +34,8 @@ if __name__ == "__main__":
         process.join()
         print(way, process.exitcode, flush=True)
     code = "from training import steps; steps(5); print('subprocess')"
-    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    here = os.path.dirname(__file__)
+    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here).stdout)
     lost = subprocess.run([sys.executable, "-I", "-c", "print('hidden')"], capture_output=True, text=True, check=True)
     print(lost.stdout)
     for batch in torch.utils.data.DataLoader(Numbers(), 2, num_workers=1, multiprocessing_context="spawn"):

@@ -20,6 +20,8 @@ FOLDER = "gradctl-runs"
 NOT_SEEN = "not_seen.jsonl"
 """Where processes that cannot be recorded leave a line; taken into the journal's end and removed."""
 _LAUNCH = ".launch"
+_LEADS_NOWHERE = "run:"
+"""In front of the name that a mark holds, so that the mark is not taken for one more run directory."""
 _OURS = re.compile(r"report\.html|summary\.json|not_seen\.jsonl|\.launch|\.mark|\.rank\d+")
 
 
@@ -120,10 +122,10 @@ def _agreed(base: Path, stem: str, rank: Rank) -> Path:
         named = _read(base / mark)
         if named is None:
             fresh = _fresh(base, stem)
-            if not _create(base / mark, fresh.name):
+            if not _create(base / mark, _LEADS_NOWHERE + fresh.name):
                 fresh.rmdir()
             named = _read(base / mark) or fresh.name
-        directory = base / Path(named).name
+        directory = base / Path(named.removeprefix(_LEADS_NOWHERE)).name
         _make_folder(directory)
         if _create(directory / f".rank{rank.rank}", str(os.getpid())):
             _create(directory / ".mark", mark)

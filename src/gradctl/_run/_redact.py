@@ -6,10 +6,16 @@ import re
 from collections.abc import Sequence
 
 HIDDEN = "[redacted]"
-# A word that names a secret; `--tokenizer`, `--num-tokens`, `--key-frames` and `--pass-through` name none.
 _NAME = re.compile(
-    r"(?:^|[-_.])(?:api[-_]?key|access[-_]?key|secret[-_]?key|private[-_]?key|auth[-_]?key|key|secrets?|password|passwd"
-    r"|passphrase|pwd|pw|credentials?|auth|authorization|bearer|cookie|(?:access|auth|api|hf|hub|bearer|refresh|id|use[-_]auth)[-_]?token|token)$",
+    r"(?:^|.*[-_.])(?:(?:api|access|secret|private|auth|account)?[-_]?key|secrets?|password|passwd|passphrase|pwd|pw"
+    r"|credentials?|auth|authorization|bearer|cookie|(?:auth|access|api|hf)?token)",
+    re.IGNORECASE,
+)
+# Tokens of a vocabulary and keys of a table: `--pad-token`, `--sort_key`.
+_NO_SECRET = re.compile(
+    r"(?:.*[-_.])?(?:pad|eos|bos|unk|mask|sep|cls|image|video|audio|special|stop|start|end|decoder|prompt|first|last|per"
+    r"|num|max|min|sort|primary|foreign|group|monitor|metric|frame|state|dict|label|text|input|output|data|target|column"
+    r"|cache|hash|join|loss|feature|best|query|model)[-_.](?:token|key)",
     re.IGNORECASE,
 )
 # What vendors' tokens look like, wherever they stand.
@@ -39,12 +45,16 @@ def redact(arguments: Sequence[str]) -> list[str]:
             hide_next = False
             continue
         assigned = _ASSIGNED.match(argument)
-        if assigned and _NAME.search(assigned["name"]):
+        if assigned and _names_secret(assigned["name"]):
             kept.append(assigned["head"] + HIDDEN)
             hide_next = False
             continue
-        hide_next = argument.startswith("-") and "=" not in argument and bool(_NAME.search(argument.lstrip("-")))
+        hide_next = argument.startswith("-") and "=" not in argument and _names_secret(argument.lstrip("-"))
         text = _IN_URL.sub(lambda match: f"{match[1]}:{HIDDEN}", argument)
         text = _IN_TEXT.sub(lambda match: f"{match['head']}{match['quote']}{HIDDEN}{match['quote']}", text)
         kept.append(_VALUE.sub(HIDDEN, text))
     return kept
+
+
+def _names_secret(name: str) -> bool:
+    return _NAME.fullmatch(name) is not None and _NO_SECRET.fullmatch(name) is None
