@@ -180,7 +180,9 @@ compiled(nn.Identity())
 def test_the_names_that_wrappers_add_are_taken_off(book, wrap):
     model = Block()
     wrapped = wrap(model)
-    assert book.names_for(list(wrapped.parameters())).names == expected(model)
+    naming = book.names_for(list(wrapped.parameters()))
+    assert naming.names == expected(model)
+    assert naming.roots == [("Block", 6)]
 
 
 def test_a_compiled_or_recomputed_layer_inside_keeps_its_plain_name(book):

@@ -320,7 +320,13 @@ def test_leaves_are_the_tensors_that_backward_gives_gradients():
     assert {id(leaf) for leaf in found} == {id(tensor) for tensor in everything if tensor.grad is not None}
     assert len(found) == 4
     assert _saved.leaves(x) == [x]
-    assert _saved.leaves([loss, x.sum()])[0] is x
+    assert len(_saved.leaves([loss, x.sum(), unused.weight.sum()])) == 5
+
+
+def test_leaves_of_a_chain_of_layers_come_in_the_order_of_its_parameters():
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(2, 2), nn.Tanh())))
+    found = _saved.leaves(model(torch.randn(1, 2)).sum())
+    assert [id(leaf) for leaf in found] == [id(param) for param in model.parameters()]
 
 
 def test_lines_name_the_line_that_saved_and_the_module_that_ran():

@@ -109,6 +109,15 @@ def modules_of(root: Module) -> Iterator[tuple[str, Module]]:
         stack.extend((f"{path}.{name}" if path else name, child) for name, child in reversed(_children(module)))
 
 
+def class_name(root: Module) -> str:
+    """Return the class name of a model as its author wrote it, below DDP, `torch.compile` and `fully_shard`."""
+    for _ in filter(None, _wrapper_prefix(root).split(".")):
+        root = _children(root)[0][1]
+    kinds: Any = type(root).__mro__
+    # fully_shard swaps the class for one of its own, which derives from FSDPModule and the author's class.
+    return str(kinds[2 if kinds[1].__name__ == "FSDPModule" else 0].__name__)
+
+
 def all_modules() -> list[Module]:
     """Return every live module that the garbage collector tracks: not those hidden by `gc.freeze()`."""
     kinds: set[int] = set()

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 from torch.nn import Module
 
-from gradctl._names._modules import Tree, all_modules, is_parameter, modules_of, outermost, tree_of
+from gradctl._names._modules import Tree, all_modules, class_name, is_parameter, modules_of, outermost, tree_of
 from gradctl._names._variables import Surroundings, look_around
 
 How = Literal["registration", "scan", "none"]
@@ -123,7 +123,7 @@ def module_names(memory: Memory) -> dict[int, str]:
         root = reference()
         if root is not None:
             for path, module in modules_of(root):
-                found.setdefault(id(module), prefix + path if path else prefix[:-1] or type(root).__name__)
+                found.setdefault(id(module), prefix + path if path else prefix[:-1] or class_name(root))
     return found
 
 
@@ -217,11 +217,11 @@ class _Request:
             self._accept(tree, prefix)
 
     def _accept(self, tree: Tree, prefix: str) -> None:
-        memory = self._memory
+        memory, root = self._memory, class_name(tree.root)
         for param in tree.params:
             aliases = tuple(prefix + other for other in tree.aliases.get(id(param), ()))
             name = prefix + tree.names[id(param)]
-            known = _Known(weakref.ref(param), name, tree.registered, aliases, type(tree.root).__name__)
+            known = _Known(weakref.ref(param), name, tree.registered, aliases, root)
             memory.known[id(param)] = known
         for key in tree.gives:
             self._take(key, memory.known[key])
@@ -242,7 +242,7 @@ class _Request:
                 rivals = [other for other in trees if other is not tree and not own.isdisjoint(other.names.values())]
                 prefix = ""
                 if any(counts[name] > 1 for name in own) or (rivals and self._is_trained(rivals)):
-                    label = self._look().labels.get(id(tree.root)) or type(tree.root).__name__
+                    label = self._look().labels.get(id(tree.root)) or class_name(tree.root)
                     number, prefix = 1, f"{label}."
                     while prefix in taken:
                         number += 1

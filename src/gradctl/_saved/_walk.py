@@ -79,11 +79,11 @@ def walk(
 
 
 def leaves(root: Any, *, nodes: int = _NODES) -> list[Tensor]:
-    """Return the leaf tensors that a backward from `root` accumulates into, nearest first, each once.
+    """Return the leaf tensors that a backward from `root` accumulates into, each once, in about forward order.
 
     Args:
         root: a `grad_fn`, a tensor, or a list of tensors.
-        nodes: most nodes to visit; leaves beyond them are left out.
+        nodes: most nodes to visit; leaves beyond them, the farthest from `root`, are left out.
     """
     graph = _Graph()
     found: dict[int, Tensor] = {}
@@ -91,7 +91,7 @@ def leaves(root: Any, *, nodes: int = _NODES) -> list[Tensor]:
         graph.read(root, nodes, None)
         for tensor in graph.leaf_roots + [node.variable for node in graph.nodes if hasattr(node, "variable")]:
             found.setdefault(id(tensor), tensor)
-    return list(found.values())
+    return list(found.values())[::-1]
 
 
 class _Graph:
