@@ -76,12 +76,17 @@ def draw(directory: Path) -> Page:
     return Page(page)
 
 
-def one(root: Path, steps: int = 60, **fields: Any) -> Page:
+def one_run(root: Path, steps: int = 60, **fields: Any) -> Path:
     """A run of one small optimizer, changed as told."""
     run = fields.pop("run", None)
     shapes = fields.pop("shapes", [[8, 16], [16], [16, 4], [4]])
     names = fields.pop("names", ["a.weight", "a.bias", "b.weight", "b.bias"])
-    return draw(write(root / "one", [Trainer(names, shapes, steps, **fields)], run=run))
+    return write(root / "one", [Trainer(names, shapes, steps, **fields)], run=run)
+
+
+def one(root: Path, steps: int = 60, **fields: Any) -> Page:
+    """Its page."""
+    return draw(one_run(root, steps, **fields))
 
 
 def pixels(uri: str) -> tuple[int, int, bytes, list[tuple[int, ...]]]:
@@ -282,6 +287,27 @@ def test_the_first_bad_step_is_one_line_through_everything(tmp_path: Path) -> No
     assert x == pytest.approx(172 + (1062 - 172) * 17 / 260, abs=0.1)
     first_red = int(np.argmax((heat(page, "absolute") == 2).any(axis=0)))
     assert first_red == 17 * 240 // 260
+
+
+def test_a_stretch_with_nan_is_red_only_from_the_first_bad_step(tmp_path: Path) -> None:
+    directory = one_run(tmp_path, steps=4)
+    path = directory / "journal.rank0.jsonl"
+    lines = [line for line in path.read_text().splitlines() if '"k":"end"' not in line and '"k":"mx"' not in line]
+    lines.append('{"k":"event","e":"nonfinite","t":2,"o":0,"n":6,"what":"grad","params":[],"count":1,"of":4}')
+    lines.append('{"k":"mx","o":0,"n":1,"to":10,"c":9,"g":["nan","nan","nan","nan"]}')
+    lines.append('{"k":"b","o":0,"n":5,"c":6,"t":2,"l":[1,1,1],"bad":0,"mb":6,"ms":[1,1,0,0]}')
+    path.write_text("\n".join(lines) + "\n")
+    assert (heat(draw(directory), "absolute") == 2).tolist() == [[False] * 5 + [True] * 5] * 2
+
+
+def test_optimizers_that_step_together_are_drawn_as_one(tmp_path: Path) -> None:
+    shapes = [[8, 8], [8]]
+    last = Trainer(["b.weight", "b.bias"], shapes, 40, id=1)
+    first = Trainer(["a.weight", "a.bias"], shapes, 40, id=0, loss=lambda step: None, microbatches=0)
+    page = draw(write(tmp_path / "stages", [first, last]))
+    assert "2 optimizers step together and are drawn as one" in page.text()
+    assert heat(page, "absolute").shape[0] == 2
+    assert "Also trained" not in page.text()
 
 
 def test_more_than_a_thousand_tensors_are_cut_and_the_odd_ones_are_kept(tmp_path: Path) -> None:

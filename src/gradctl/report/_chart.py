@@ -63,7 +63,6 @@ def draw(seen: Trace, events: Sequence[Event], *, bad: Bad | None, heat: HeatMap
     height = row_height(len(heat.rows)) if heat else 0.0
     bottom = HEAT_TOP + height * len(heat.rows) if heat else EVENTS + 8
     parts = [
-        element("title", "The run by step"),
         element("desc", _description(seen)),
         *loss_lane(seen, axis, bad.first if bad else None),
         *norm_lane(seen, axis),

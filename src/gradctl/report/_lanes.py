@@ -87,7 +87,7 @@ def loss_lane(seen: Trace, axis: Scale, bad_step: int | None) -> list[Markup]:
     xs, lows = _pixels(curve, curve.low.tolist(), axis, scale)
     highs = [scale(float(v)) for v in curve.high]
     raw = [scale(float(v)) for v in curve.y]
-    many = len(curve.y) > 24
+    many = sum(not math.isnan(y) for y in raw) > 24
     parts = [*_lane_title("loss", LOSS[0] + 8, by, "log scale" if scale.log else ""), *_grid(scale)]
     parts += [element("path", d=band_data(xs, lows, highs), class_="spread")] if (curve.weight > 1).any() else []
     if many:
@@ -102,7 +102,7 @@ def loss_lane(seen: Trace, axis: Scale, bad_step: int | None) -> list[Markup]:
     if above or below:
         parts.append(_off_scale(curve, xs, above=above))
     hide_first = bad_step is not None and axis(bad_step - 0.5) - xs[0] <= 60
-    return [*parts, *_first_and_last(seen.loss, xs, raw, smooth, highs, hide_first=hide_first)]
+    return [*parts, *_first_and_last(seen.loss, scale, xs, smooth, highs, hide_first=hide_first)]
 
 
 def _off_scale(curve: Curve, xs: Sequence[float], *, above: bool) -> Markup:
@@ -118,8 +118,8 @@ def _off_scale(curve: Curve, xs: Sequence[float], *, above: bool) -> Markup:
 
 def _first_and_last(
     loss: Curve,
+    scale: Scale,
     xs: Sequence[float],
-    raw: Sequence[float],
     smooth: Sequence[float],
     highs: Sequence[float],
     *,
@@ -128,11 +128,11 @@ def _first_and_last(
     """Write the first value beside the start of the curve, on the side it moves away from, and the last at its end."""
     places = [k for k, y in enumerate(smooth) if not math.isnan(y)]
     start, end = places[0], places[-1]
-    soon = raw[next((k for k in range(start, end) if xs[k] > xs[start] + 30), end)]
-    rises = not math.isnan(soon) and soon < raw[start]
+    first = scale(loss.first)
+    soon = smooth[next((k for k in places if xs[k] > xs[start] + 30), end)]
     labels: list[Markup] = []
     if not hide_first:
-        y = min(raw[start] + 17, LOSS[1] + 12) if rises else raw[start] - 6
+        y = min(first + 17, LOSS[1] + 12) if soon < first else first - 6
         labels.append(text(short(loss.first), xs[start] + 8, y, "value halo"))
     if xs[end] - xs[start] > 90:
         tail = [y for y in highs[max(0, end - len(highs) // 16) : end + 1] if not math.isnan(y)]

@@ -57,7 +57,7 @@ def saved_table(journal: Journal) -> SavedTable | None:
     for row in saved.rows:
         size, count, modules = places.get(row.where, (0, 0, []))
         pattern = collapsed(row.module) if row.module else ""
-        pattern = row.module or "" if pattern == "*" else pattern
+        pattern = "" if set(pattern) <= {"*", "."} else pattern  # layers that have numbers and no names
         if pattern and pattern not in modules:
             modules.append(pattern)
         places[row.where] = (size + row.bytes, count + row.count, modules)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradctl._journal import Block, Journal, OptimizerRecord, Row
+from gradctl._journal import Block, Journal, Maxima, OptimizerRecord, Row
 
 Floats = NDArray[np.float64]
 NO_GRADIENT = -1.0
@@ -133,7 +133,10 @@ class Samples:
         if not painted.any():
             return cells
         held = np.maximum.accumulate(np.where(painted, np.arange(columns), -1))
-        return cells[:, np.where(held < 0, int(np.flatnonzero(painted)[0]), held)]
+        start = int(np.flatnonzero(painted)[0])
+        filled = cells[:, np.where(held < 0, start, held)]
+        filled[:, :start][np.isnan(filled[:, :start])] = NO_GRADIENT  # NaN does not reach back
+        return filled
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -282,9 +285,9 @@ def _part(journal: Journal, o: int) -> _Part:
     wide = max([len(record.names), len(record.shapes), *(len(m.g) for m in maxima), *(len(r.g) for r in rows)])
     names = (*record.names, *(None,) * (wide - len(record.names)))
     shapes = (*record.shapes, *(None,) * (wide - len(record.shapes)))
-    stretches = sorted(
-        [(m.n, m.last, m.g) for m in maxima] + [(r.n, r.n, r.g) for r in rows], key=lambda s: (s[0], s[1])
-    )
+    bad = _first_bad(journal, o)
+    stretches = [(_begin(m, bad), m.last, m.g) for m in maxima] + [(r.n, r.n, r.g) for r in rows]
+    stretches.sort(key=lambda s: (s[0], s[1]))
     return _Part(
         names=names,
         shapes=shapes,
@@ -292,6 +295,18 @@ def _part(journal: Journal, o: int) -> _Part:
         singles=_samples([(r.n, r.n, r.g) for r in rows], wide),
         updates=_matrix([r.u for r in rows], wide, math.nan),
     )
+
+
+def _first_bad(journal: Journal, o: int) -> int:
+    told = [e.n for e in journal.named("nonfinite") if e.o in (None, o) and e.n is not None]
+    return min([*told, *(b.n for b in journal.blocks if b.o == o and b.bad and b.c == 1)], default=0)
+
+
+def _begin(stretch: Maxima, bad: int) -> int:
+    """Return where a stretch is drawn from: one that holds NaN begins no earlier than the first non-finite value."""
+    if stretch.n < bad <= stretch.last and any(g is not None and math.isnan(g) for g in stretch.g):
+        return bad
+    return stretch.n
 
 
 def _samples(stretches: Sequence[tuple[int, int, tuple[float | None, ...]]], wide: int) -> Samples:
