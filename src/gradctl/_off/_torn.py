@@ -14,6 +14,9 @@ turn, one that stood between backward and step, one that evaluates, and the owne
 where every parameter is used again after the turn (one cell, unrolled), one whose backward runs in another thread than
 its forward, and functional code that updates by hand. Frames, tensors and graphs are never kept: only weak references,
 ids and line numbers.
+
+The same walk keeps a process alive. An operation that was being recorded at the very moment at which gradients went off
+can leave a node whose backward would read at address 0; see `_saved_strides`. Such a backward is refused in any mode.
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class _Mark:
 
 
 _marks: dict[int, _Mark] = {}
+_turns = 0  # how often gradients went off beside other threads
+_looked: dict[int, int] = {}  # at which of these turns each thread's graph was last looked at
 _strict = False  # whether the turn that switched off was strict; the turn back acts likewise
 _handles: list[_taps.Handle] = []
 
@@ -100,25 +105,28 @@ _habits: weakref.WeakKeyDictionary[Any, _Habit] = weakref.WeakKeyDictionary()
 
 def note_toggle(me: int) -> None:
     """Mark every thread but `me`, which turns the switch; called right after each turn, under the switch's lock."""
-    global _strict
+    global _strict, _turns
     if _state.is_shut:
         _strict = _state.strict > 0
     frames = sys._current_frames()
     if len(frames) > 1:
+        _turns += _state.is_shut
         if not _handles:
             _install()
         threads: dict[int, Any] = threading._active  # type: ignore[attr-defined]  # enumerate() takes a lock
         for ident, frame in frames.items():
             if ident != me:
                 _mark(ident, frame, threads.get(ident))
-    if len(_marks) > len(frames):
-        for ident in _marks.keys() - frames.keys():
-            _marks.pop(ident, None)
+    for known in (_marks, _looked):
+        if len(known) > len(frames):
+            for ident in known.keys() - frames.keys():
+                known.pop(ident, None)
 
 
 def uninstall() -> None:
     """Forget every mark and stop listening."""
     _marks.clear()
+    _looked.clear()
     _habits.clear()
     handles, _handles[:] = list(_handles), []
     for handle in handles:
@@ -135,7 +143,12 @@ def _install() -> None:
     )
 
 
-os.register_at_fork(after_in_child=_marks.clear)
+def _forget_in_child() -> None:
+    _marks.clear()  # the other threads are not in the child
+    _looked.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _mark(ident: int, frame: FrameType | None, thread: Any) -> None:
@@ -173,10 +186,16 @@ def _watch_backward(run: Callable[..., Any]) -> Callable[..., Any]:
     identify = threading.get_ident
 
     def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        mark = _marks.get(identify())
+        me = identify()
+        mark = _marks.get(me)
+        if mark is None and _looked.get(me) == _turns:
+            return run(outputs, *args, **kwargs)
+        _looked[me] = _turns
+        reached, broken = _walk(outputs)
+        if broken is not None:
+            _refuse_broken(broken, mark)
         if mark is None or (len(args) > 3 and args[3]) or not mark.is_of(threading.current_thread()):
             return run(outputs, *args, **kwargs)
-        reached = _reached(outputs)
         before = _gradients(mark.root())
         result = run(outputs, *args, **kwargs)
         _note_backward(mark, reached, before)
@@ -210,9 +229,10 @@ def _gradients(module: Any) -> dict[int, tuple[int, int]]:
     }
 
 
-def _reached(outputs: Any) -> set[int]:
-    """Return the ids of the leaves that a backward from `outputs` would fill, by a walk of the graph."""
+def _walk(outputs: Any) -> tuple[set[int], str | None]:
+    """Walk the graph: the ids of the leaves that a backward from `outputs` would fill, and a node that must not run."""
     found: set[int] = set()
+    broken: str | None = None
     seen: set[Any] = set()
     stack: list[Any] = []
     for output in outputs if isinstance(outputs, Iterable) and not isinstance(outputs, torch.Tensor) else [outputs]:
@@ -229,8 +249,36 @@ def _reached(outputs: Any) -> set[int]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             found.add(id(variable))
+        for sizes, strides in _saved_strides(type(node)):
+            if getattr(node, sizes) and not getattr(node, strides):
+                broken = node.name()
         stack.extend(following for following, _ in node.next_functions if following is not None)
-    return found
+    return found, broken
+
+
+@functools.cache
+def _saved_strides(kind: type) -> tuple[tuple[str, str], ...]:
+    """Return the pairs of attributes with which nodes of this kind keep an input's sizes and strides.
+
+    libtorch saves the strides of a matrix product's inputs only if the input requires a gradient when it comes to
+    them, and its backward reads them without looking. A product that was under way when gradients went off has a node
+    with no strides, whose backward would read at address 0.
+    """
+    names = set(dir(kind))
+    pairs = ((name.removesuffix("strides") + "sizes", name) for name in names if name.endswith("_sym_strides"))
+    return tuple(pair for pair in pairs if pair[0] in names)
+
+
+def _refuse_broken(node: str, mark: _Mark | None) -> None:
+    name = threading.current_thread().name
+    site = _site.find() if mark is None else mark.site
+    _journal.emit("torn_step", thread=name, site=site.place())
+    raise TornStep(
+        f"backward refused in thread {name}: an operation of its graph was cut in half by the switch",
+        what=f"a node ({node}) was being recorded at the moment at which gradients went off (at {_state.where})",
+        why="it lacks what its backward reads; to run it would end the process",
+        fix=_FIX,
+    )
 
 
 def _watch_zero_grad(inner: Callable[..., Any]) -> Callable[..., Any]:
