@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,43 @@ def test_an_exception_is_told_with_the_line_of_the_script(tmp_path: Path) -> Non
     assert "inconsistent tensor size" in exc["message"]
     assert lines[-1]["code"] == 1
     assert not (run_directory(tmp_path) / "report.html").exists()
+
+
+def test_ctrl_c_during_the_report_ends_the_report_only(tmp_path: Path) -> None:
+    code = "from training import steps; steps(5); print('done', flush=True); raise ValueError('its own')"
+    program = subprocess.Popen(
+        [*GRADCTL, "-c", code],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(SCRIPTS)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+    assert program.stdout is not None
+    assert program.stdout.readline() == "done\n"
+    while not (drawers := children.read_text().split()):
+        time.sleep(0.005)
+    drawer = int(drawers[0])
+    while b"draw_at_exit" not in Path(f"/proc/{drawer}/cmdline").read_bytes():
+        time.sleep(0.005)
+    os.killpg(program.pid, signal.SIGINT)
+    _, said = program.communicate(timeout=100)
+    assert program.returncode == 1
+    assert said.count("Traceback") == 1
+    assert "KeyboardInterrupt" not in said
+
+
+def test_gradients_kept_off_refuse_the_backward_of_a_training_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import torch\nx = torch.ones(3, requires_grad=True)\nprint('before')\nx.sum().backward()\n")
+    ours = recorded("--grad", "off", script, cwd=tmp_path)
+    assert (ours.code, ours.stdout) == (1, "before\n")
+    assert "BackwardRefused" in ours.stderr
+    assert "script.py:4" in ours.stderr
+    (lines,) = journals(run_directory(tmp_path)).values()
+    assert (lines[0]["grad"], lines[-1]["exc"]["line"], lines[-1]["code"]) == ("off", 4, 1)
 
 
 def launched(tmp_path: Path, *arguments: str, code: int) -> None:

@@ -29,9 +29,15 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any] | None) ->
         settings: what GRADCTL_RUN said when the process began.
         status: what `sys.exit` or `os._exit` was given, if that is known.
     """
-    if settings["main_pid"] != os.getpid() or not settings["draws"]:
+    if settings["main_pid"] != os.getpid():
         return
     directory = Path(settings["out"])
+    failed = _exit_status.code(status) not in (0, None)
+    if not settings["draws"]:
+        if failed and not settings["quiet"]:
+            # The launcher may now stop the rank that draws, which then cannot say this.
+            say(f"gradctl: rank {settings['rank']} failed; if no report follows: gradctl report {directory}")
+        return
     speaks = settings["rank"] == 0 and not settings["quiet"]
     _flush_script_output()
     interrupt = _ignore_interrupts()
@@ -40,7 +46,6 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any] | None) ->
             if speaks:
                 say(f"gradctl: the run directory {directory} is gone: there is nothing to report")
             return
-        failed = _exit_status.code(status) not in (0, None)
         wait_for_ranks(directory, settings["rank"], seconds=FAILED_RANKS_SECONDS if failed else RANKS_SECONDS)
         not_seen = take_not_seen(directory)
         if any(FILE_NAME.fullmatch(name) for name in os.listdir(directory)):
@@ -75,7 +80,12 @@ def _draw(directory: Path, *, speaks: bool, page: bool) -> None:
     withdraw(environment)
     package = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), package]))
-    code = f"from gradctl.report import draw_at_exit; draw_at_exit({str(directory)!r}, quiet={not speaks}, html={page})"
+    # The child is born with Ctrl-C ignored, as here; from its first line on it dies of it without a word.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "from gradctl.report import draw_at_exit\n"
+        f"draw_at_exit({str(directory)!r}, quiet={not speaks}, html={page})"
+    )
     command = [sys.executable, "-P", "-c", code]
     silent = os.open(os.devnull, os.O_RDWR)
     try:
@@ -92,10 +102,11 @@ def _draw(directory: Path, *, speaks: bool, page: bool) -> None:
                 (os.POSIX_SPAWN_DUP2, out, 1),
                 (os.POSIX_SPAWN_DUP2, out, 2),
             ],
-            setsigdef=[signal.SIGINT, signal.SIGTERM],
+            setsigdef=[signal.SIGTERM],
         )
-        if not _wait(pid, DRAW_SECONDS) and speaks:
-            say(f"gradctl: the report took too long; draw it with `gradctl report {directory}`")
+        fault = _wait(pid, DRAW_SECONDS)
+        if fault is not None and speaks:
+            say(f"gradctl: the report {fault}; draw it with `gradctl report {directory}`")
     except OSError as error:
         if speaks:
             say(f"gradctl: the report could not be drawn ({error}); draw it with `gradctl report {directory}`")
@@ -103,21 +114,23 @@ def _draw(directory: Path, *, speaks: bool, page: bool) -> None:
         os.close(silent)
 
 
-def _wait(pid: int, seconds: float) -> bool:
-    """Wait for a child, but not longer than that; then end it."""
+def _wait(pid: int, seconds: float) -> str | None:
+    """Wait for a child, but not longer than that, then end it; say what went wrong."""
     deadline = time.monotonic() + seconds
     pause = 0.002
     while time.monotonic() < deadline:
         try:
-            if os.waitpid(pid, os.WNOHANG)[0] == pid:
-                return True
+            ended, status = os.waitpid(pid, os.WNOHANG)
         except ChildProcessError:
-            return True  # the script ignores SIGCHLD: its children vanish by themselves
+            return None  # the script ignores SIGCHLD: its children vanish by themselves
+        if ended == pid:
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == 0 else "was interrupted" if code == -signal.SIGINT else f"failed with code {code}"
         time.sleep(pause)
         pause = min(0.05, pause * 1.5)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    return False
+    return f"took longer than {seconds:g} s"
 
 
 def wait_for_ranks(directory: Path, own: int, *, seconds: float = RANKS_SECONDS) -> None:

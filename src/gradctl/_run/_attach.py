@@ -44,15 +44,14 @@ class Listening:
             lines=settings["lines"],
         )
         self._ended = False
-        self._switch: Any = None
 
     def begin(self) -> None:
         """Install what listens, and switch gradients off where that was asked for."""
         self.recorder.install()
         if self.settings["grad"] == "off":
-            from gradctl._off import off
+            from gradctl._off import start_from_environment
 
-            self._switch = off().start()
+            start_from_environment()
         _journal.set_current(self.journal)
         # Registered while torch is being imported: the script's own handlers, which come later, run before it.
         atexit.register(self._at_exit)

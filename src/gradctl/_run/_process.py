@@ -101,7 +101,14 @@ class ProcessJournal(JournalWriter):
             own = self.directory / f"journal.rank{rank}.jsonl"
             if not own.exists():
                 return own
-        # A process id that was used before, or a program that has executed itself anew, gets digits more.
+            if _pid_of(own) == pid:
+                # The program has executed itself anew: what it recorded before becomes the journal of a child.
+                os.rename(own, self._free_child_path(rank, pid))
+                return own
+        return self._free_child_path(rank, pid)
+
+    def _free_child_path(self, rank: int, pid: int) -> Path:
+        # A process id that was used before gets digits more.
         for text in (str(pid), *(f"{pid}{number:03d}" for number in range(1, 1000))):
             path = self.directory / f"journal.rank{rank}.pid{text}.jsonl"
             if len(text) <= 10 and not path.exists():
@@ -163,6 +170,14 @@ class ProcessJournal(JournalWriter):
                     file.write(line)
         except OSError:
             return  # the directory is gone: the reader says that there was no goodbye
+
+
+def _pid_of(journal: Path) -> int | None:
+    try:
+        with journal.open("rb") as file:
+            return int(json.loads(file.readline(1 << 20))["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def process_rank() -> tuple[int, int]:
