@@ -25,15 +25,16 @@ _item: Any = Tensor.item
 class Hot:
     """What the closures look at: slots that are None while nothing is to be done.
 
-    `before_backward(outputs)` and `after_backward(outputs, step_thread)` are called around outermost accumulating
-    backwards; `scaled` maps a thread to (id of the scaled loss, the loss itself, the scale).
+    `before_backward(outputs)` and `after_backward(outputs)` are called around outermost accumulating backwards, the
+    latter may return an error to raise, which was asked for; `latest` is the optimizer that stepped last; `scaled` maps
+    a thread to (id of the scaled loss, the loss itself, the scale).
     """
 
     __slots__ = ("after_backward", "before_backward", "latest", "scaled")
 
     def __init__(self) -> None:
         self.before_backward: Callable[[Any], None] | None = None
-        self.after_backward: Callable[[Any], None] | None = None
+        self.after_backward: Callable[[Any], BaseException | None] | None = None
         self.latest: OptimizerState | None = None
         self.scaled: dict[int, tuple[int, Any, Any]] = {}
 
@@ -47,7 +48,7 @@ def step_hooks(
     *,
     new: Callable[[Any], OptimizerState | None],
     due: Callable[[OptimizerState, Any, Any, Any], BaseException | None],
-    done: Callable[[OptimizerState, Any, float], BaseException | None],
+    done: Callable[[OptimizerState, Any, float], None],
     drain: Callable[[float], None],
 ) -> tuple[Any, Any]:
     """Return the hooks before and after an optimizer's step.
@@ -60,7 +61,7 @@ def step_hooks(
         faults: where our own faults go.
         new: makes the state of an optimizer that was not seen before.
         due: measures before a step; may return an error to raise, which was asked for.
-        done: measures after a step; likewise.
+        done: measures after a step.
         drain: empties the stamps.
     """
     get = states.get
@@ -91,16 +92,13 @@ def step_hooks(
         steps = state.steps = state.steps + 1
         extend((state.o, _get_ident(), state.started, now, None))
         hot.latest = state
-        stop = None
         try:
             if state.sampling:
-                stop = done(state, optimizer, now)
+                done(state, optimizer, now)
             if steps >= state.flush_at or now > state.flush_time:
                 drain(now)
         except Exception as error:
             faults.caught("step", error)
-        if stop is not None:
-            raise stop
 
     return before, after
 
@@ -155,10 +153,13 @@ def engine_wrap(
             result = inner(outputs, *args, **kwargs)
             extend((BACKWARD if accumulates else GRAD, _get_ident(), begin, clock(), value))
             if accumulates and hot.after_backward is not None:
+                stop = None
                 try:
-                    hot.after_backward(outputs)
+                    stop = hot.after_backward(outputs)
                 except Exception as error:
                     faults.caught("backward", error)
+                if stop is not None:
+                    raise stop
             return result
 
         return run_backward

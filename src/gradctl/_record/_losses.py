@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradctl._record._faults import Faults
 from gradctl._record._gradients import local_part
 from gradctl._record._hot import Hot
 from gradctl._record._quiet import Quiet
@@ -18,17 +19,25 @@ class Losses:
 
     Args:
         hot: the slots that the engine's wrap looks at.
+        faults: where our own faults go.
         bad: called for a loss that is NaN or inf.
     """
 
-    def __init__(self, hot: Hot, bad: Callable[[], None]) -> None:
+    def __init__(self, hot: Hot, faults: Faults, bad: Callable[[], None]) -> None:
         self._hot = hot
-        self.bad = bad
+        self._faults = faults
+        self._bad = bad
+        self.off = False
+
+    def bad(self) -> None:
+        """Pass on that a loss is NaN or inf."""
+        if not self.off:
+            self._bad()
 
     def read(self, loss: Any) -> Any:
         """Return a float, a pair (tensor, scale) to be read at the drain, or None if there is no scalar to read."""
         pending = self._hot.scaled.pop(threading.get_ident(), None) if self._hot.scaled else None
-        if not isinstance(loss, Tensor):
+        if self.off or not isinstance(loss, Tensor):
             return None
         with Quiet():
             scale: Any = 1.0
@@ -53,7 +62,10 @@ class Losses:
         def scale(scaler: Any, outputs: Any) -> Any:
             result = inner(scaler, outputs)
             if result is not outputs and isinstance(result, Tensor):
-                self._remember(scaler, outputs, result)
+                try:
+                    self._remember(scaler, outputs, result)
+                except Exception as error:
+                    self._faults.caught("backward", error)
             return result
 
         return scale

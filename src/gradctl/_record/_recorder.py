@@ -73,7 +73,7 @@ class Recorder:
         self._events = _events.Events(journal, self._describer.name)
         self._stamps: list[Any] = []
         self._hot = _hot.Hot()
-        self._losses = Losses(self._hot, self._bad_loss)
+        self._losses = Losses(self._hot, self.faults, self._bad_loss)
         self._norms = NormTier(self.costs, self._bad_gradient, self._events.skip, self._bind)
         self._rows = RowTier(journal)
         self._drain = Drain(
@@ -89,6 +89,7 @@ class Recorder:
         self._ddp = DataParallelTimes(journal)
         self._compiler = CompilerSkip()
         self._stream = self._new_stream()
+        self._closures: dict[int, tuple[OptimizerState, Any]] = {}
         self._functorch = 0
         self._uncounted = 0
         self._aligned = False
@@ -218,10 +219,15 @@ class Recorder:
         self._optimizers.clear()
         self._hot.latest = None
         self._hot.scaled.clear()
+        self._closures.clear()
 
     def _tier_off(self, tier: str) -> None:
         if tier in ("norms", "rows", "saved", "clip", "events"):
             return  # asked for at each use
+        if tier == "backward":
+            self._losses.off = True
+            self._hot.before_backward = self._hot.after_backward = None
+            return
         # Without stamps nothing else has a meaning.
         self.faults.off.add("all")
         self._stop_listening()
@@ -320,10 +326,11 @@ class Recorder:
         state.sampling = wants_row or state.closure
         if not state.closure:
             reading = self._measure(state, optimizer, step)
+        elif self._stops:
+            # Its backwards are looked at as they end: after the step it would be too late.
+            self._closures[threading.get_ident()] = state, optimizer
         if wants_row:
             state.row_cost = self._clock() - begin
-        if not state.sampling or state.closure:
-            return self._stop_for(state, step, reading)
         return self._stop_for(state, step, reading)
 
     def _measure(self, state: OptimizerState, optimizer: Any, step: int) -> Reading | None:
@@ -344,13 +351,13 @@ class Recorder:
                 self.faults.caught("rows", error)
         return reading
 
-    def _done(self, state: OptimizerState, optimizer: Any, now: float) -> BaseException | None:
+    def _done(self, state: OptimizerState, optimizer: Any, now: float) -> None:
         """After a step that was sampled or had a closure."""
         state.sampling = False
-        stop = None
         begin = self._clock()
         if state.closure:
-            stop = self._stop_for(state, state.steps, self._measure(state, optimizer, state.steps))
+            self._closures.pop(threading.get_ident(), None)
+            self._measure(state, optimizer, state.steps)
         row = state.row
         if row is not None:
             try:
@@ -365,7 +372,6 @@ class Recorder:
             state.next_row = state.steps
         if state.steps == 3:
             self._events.none(state)
-        return stop
 
     def _schedule_row(self, state: OptimizerState, cost: float, now: float) -> None:
         state.row_cost = cost
@@ -455,16 +461,19 @@ class Recorder:
         if self._stream.over and self._saved.done:
             self._hot.before_backward = None
 
-    def _after_backward(self, outputs: Any) -> None:
+    def _after_backward(self, outputs: Any) -> BaseException | None:
         latest = self._hot.latest
         if latest is not None and "saved" not in self.faults.off:
             self._saved.after_backward(latest.steps, self._all_parameters)
+        inside = self._closures.get(threading.get_ident())
+        if inside is not None:
+            state, optimizer = inside
+            return self._stop_for(state, state.steps + 1, self._measure(state, optimizer, state.steps + 1))
         if not self._stream.over:
-            stop = self._stream.after_backward(outputs)
-            if stop is not None:
-                raise stop
-        elif self._saved.done:
+            return self._stream.after_backward(outputs)
+        if self._saved.done and not self._stops:
             self._hot.after_backward = None
+        return None
 
     def _all_parameters(self) -> list[Tensor]:
         found: dict[int, Tensor] = {}
