@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import journals
+from gradctl._errors import BadJournal
 from gradctl._journal import Run
 from gradctl._verdict import judge
 from gradctl.report._axes import Scale, fit, log_ticks, short, step_ticks
@@ -320,6 +324,44 @@ def test_more_than_a_thousand_tensors_are_cut_and_the_odd_ones_are_kept(tmp_path
     assert "l.1400.weight" in page.text()
     assert "l.1200.weight" not in page.text()
     assert heat(page, "absolute").shape[0] <= MOST_ROWS
+
+
+ODD_VALUES = (
+    0, -1, 2, 1e308, -1e308, 1e-320, NAN, math.inf, "nan", "", None, [], {}, 1 << 61, -(1 << 61), True, "x" * 600,
+    "\ud800", "<b>", [None], [1e308] * 3, -999, 30_000,
+)  # fmt: skip
+
+
+def changed(value: Any, random: Random) -> Any:
+    """The value with something odd somewhere in it, or left out."""
+    if isinstance(value, dict | list) and value and random.random() < 0.8:
+        changeable = dict(value) if isinstance(value, dict) else list(value)
+        key = random.choice(list(changeable) if isinstance(value, dict) else range(len(value)))
+        if random.random() < 0.1:
+            del changeable[key]
+        else:
+            changeable[key] = changed(changeable[key], random)
+        return changeable
+    return random.choice(ODD_VALUES)
+
+
+@settings(max_examples=60)
+@given(st.randoms(use_true_random=False), st.sampled_from(["hostile", "gan", "diverged", "two_ranks"]))
+def test_a_journal_with_anything_anywhere_gives_a_page(random: Random, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        build: Any = journals.ALL[name]
+        directory = build(Path(folder), steps=24)
+        for path in directory.glob("*.jsonl"):
+            records = [json.loads(line) for line in path.read_text().splitlines()]
+            for _ in range(random.choice([1, 3, 20])):
+                at = random.randrange(len(records))
+                records[at] = changed(records[at], random)
+            path.write_text("\n".join(json.dumps(record) for record in records))
+        try:
+            run = Run.load(directory)
+        except BadJournal:
+            return  # nothing in it could be read, which is said by the reader
+        Page(render(run, judge(run))).html.encode("utf-8")
 
 
 def test_hostile_step_numbers_neither_stop_nor_slow_the_drawing(tmp_path: Path) -> None:

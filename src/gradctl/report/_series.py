@@ -320,7 +320,7 @@ def _samples(stretches: Sequence[tuple[int, int, tuple[float | None, ...]]], wid
 def _matrix(rows: Sequence[tuple[float | None, ...]], wide: int, nothing: float) -> Floats:
     table = np.full((len(rows), wide), nothing)
     for k, row in enumerate(rows):
-        table[k, : len(row)] = [nothing if value is None else value for value in row]
+        table[k, : len(row)] = [nothing if value is None else value for value in row[:wide]]
     table[np.isinf(table)] = math.nan
     return table
 
