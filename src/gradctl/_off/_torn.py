@@ -249,24 +249,27 @@ def _walk(outputs: Any) -> tuple[set[int], str | None]:
         variable = getattr(node, "variable", None)
         if variable is not None:
             found.add(id(variable))
-        for sizes, strides in _saved_strides(type(node)):
-            if getattr(node, sizes) and not getattr(node, strides):
+        for sizes, strides, place in _saved_strides(type(node)):
+            # An input that requires no gradient has no edge, and rightly no strides.
+            if node.next_functions[place][0] is not None and getattr(node, sizes) and not getattr(node, strides):
                 broken = node.name()
         stack.extend(following for following, _ in node.next_functions if following is not None)
     return found, broken
 
 
 @functools.cache
-def _saved_strides(kind: type) -> tuple[tuple[str, str], ...]:
-    """Return the pairs of attributes with which nodes of this kind keep an input's sizes and strides.
+def _saved_strides(kind: type) -> tuple[tuple[str, str, int], ...]:
+    """Return the attributes with which nodes of this kind keep a factor's sizes and strides, and which input it is.
 
     libtorch saves the strides of a matrix product's inputs only if the input requires a gradient when it comes to
     them, and its backward reads them without looking. A product that was under way when gradients went off has a node
     with no strides, whose backward would read at address 0.
     """
     names = set(dir(kind))
-    pairs = ((name.removesuffix("strides") + "sizes", name) for name in names if name.endswith("_sym_strides"))
-    return tuple(pair for pair in pairs if pair[0] in names)
+    strides = (name for name in names if name.endswith("_sym_strides"))
+    # The two factors are the last two inputs of every matrix product; the second of them is called mat2.
+    found = ((name.removesuffix("strides") + "sizes", name, -1 if "mat2" in name else -2) for name in strides)
+    return tuple(entry for entry in found if entry[0] in names)
 
 
 def _refuse_broken(node: str, mark: _Mark | None) -> None:
