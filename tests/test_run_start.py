@@ -111,10 +111,15 @@ ENDINGS = {
     "late exit": "import atexit, os; atexit.register(os._exit, 5)",
     "os._exit": "import os; os._exit(9)",
     "KeyboardInterrupt": "import os, signal; os.kill(os.getpid(), signal.SIGINT)",
+    "KeyboardInterrupt raised": "raise KeyboardInterrupt",
     "SIGTERM": "import os, signal; os.kill(os.getpid(), signal.SIGTERM)",
     "SIGKILL": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "SIGSEGV": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
     "caught": "import sys\ntry: sys.exit(4)\nexcept SystemExit as error: print('caught', error.code)",
+    "kept": "import sys\ntry: sys.exit(4)\nexcept SystemExit as error: kept = error",
+    "in a coroutine": "import asyncio, sys\nasync def main(): sys.exit(6)\nasyncio.run(main())",
+    "in a thread": "import sys, threading\nthreading.Thread(target=sys.exit, args=(6,)).start()",
+    "pickled": "import pickle, sys\ntry: sys.exit(4)\nexcept SystemExit as e: print(pickle.loads(pickle.dumps(e)))",
     "broken import": "import torch.nothing",
     "syntax": "def f(:\n  pass",
 }
@@ -228,6 +233,13 @@ def test_a_script_without_torch_gets_one_line_and_leaves_no_directory(tmp_path: 
     assert ours.stderr == "gradctl: torch was never imported: nothing to record\n"
     assert not (tmp_path / "gradctl-runs").exists()
     assert recorded("-q", "script.py", cwd=tmp_path).stderr == ""
+
+
+def test_a_script_without_torch_dies_of_ctrl_c(tmp_path: Path) -> None:
+    write(tmp_path / "script.py", ENDINGS["KeyboardInterrupt"])
+    ours, theirs = recorded("script.py", cwd=tmp_path), plain("script.py", cwd=tmp_path)
+    assert (ours.code, ours.own_stderr) == (theirs.code, theirs.stderr)
+    assert ours.code == -2
 
 
 def test_modules_of_the_script_are_not_taken_for_those_of_the_standard_library(tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ FAILED_RANKS_SECONDS = 1.0
 """The same when this rank failed: the others may be waiting for it, and the launcher for all."""
 
 
-def main_process_ends(settings: Mapping[str, Any], status: tuple[Any] | None) -> None:
+def main_process_ends(settings: Mapping[str, Any], status: tuple[Any, ...] | None) -> None:
     """Say what the run has left behind; runs in the main process, after everything else.
 
     Args:
         settings: what GRADCTL_RUN said when the process began.
-        status: what `sys.exit` or `os._exit` was given, if that is known.
+        status: what `sys.exit` or `os._exit` was given; see `_exit_status.code`.
     """
     if settings["main_pid"] != os.getpid():
         return
@@ -64,6 +64,7 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any] | None) ->
     finally:
         if interrupt is not None:
             signal.signal(signal.SIGINT, interrupt)
+        _exit_status.keep_interrupt()
 
 
 def say(text: str) -> None:

@@ -21,7 +21,7 @@ class Listening:
 
     Args:
         settings: what GRADCTL_RUN says.
-        leaving: holds in `status` the status that `sys.exit` was given, once the interpreter goes down.
+        leaving: tells in `status()` what `sys.exit` was given, once the interpreter goes down; see `_exit_status`.
     """
 
     def __init__(self, settings: dict[str, Any], leaving: Any) -> None:
@@ -71,8 +71,11 @@ class Listening:
         _journal.set_current(None)
 
     def _at_exit(self) -> None:
-        status = getattr(self._leaving, "status", None) if self.is_main else None
-        self.end("exit", _exit_status.code(status))
+        status = self._leaving.status() if self.is_main else None
+        try:
+            self.end("exit", _exit_status.code(status))
+        finally:
+            _exit_status.keep_interrupt()
 
     def _around_os_exit(self, inner: Any) -> Any:
         def leave(status: int) -> None:

@@ -12,22 +12,39 @@ from typing import Any
 _MESSAGE_LIMIT = 500
 
 
-def code(status: tuple[Any] | None) -> int | None:
+def code(status: tuple[Any, ...] | None) -> int | None:
     """Return the exit code of a process in its exit handlers, or None where the interpreter does not let it be known.
 
     Args:
-        status: what `sys.exit` was given if that is what ends the process.
+        status: what `sys.exit` was given if that is what ends the process, as a tuple of one; an empty one if it was
+            called and it is not known what became of it; None if it was not called.
     """
     if sys.flags.inspect or sys.flags.interactive:
         return None
     error = last_error()
     if error is not None:
         return 130 if isinstance(error, KeyboardInterrupt) else 1
+    if status == ():
+        return None
     if status is not None:
         value = status[0]
         return 0 if value is None else value & 0xFF if isinstance(value, int) else 1
     # `raise SystemExit(3)` leaves no trace: where the program holds one, falling off its end is not certain.
     return None if _main_raises_system_exit() else 0
+
+
+def keep_interrupt() -> None:
+    """Let a program that Ctrl-C has ended die of SIGINT, as it was about to do before we ran code in its exit handlers.
+
+    The interpreter remembers an unhandled KeyboardInterrupt in a flag that every `exec` of a text clears, those in the
+    standard library's dataclasses among them, and sets it again when such a text ends with KeyboardInterrupt.
+    """
+    error = last_error()
+    if isinstance(error, KeyboardInterrupt) and error.__traceback__ is not None:
+        try:
+            exec("raise KeyboardInterrupt")
+        except KeyboardInterrupt:
+            return
 
 
 def exception() -> dict[str, Any] | None:

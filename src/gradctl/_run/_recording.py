@@ -209,7 +209,10 @@ class Recording:
     def _at_exit(self) -> None:
         from gradctl._run import _exit_status
 
-        self._stop("exit", _exit_status.last_error())
+        try:
+            self._stop("exit", _exit_status.last_error())
+        finally:
+            _exit_status.keep_interrupt()
 
     def _around_os_exit(self, inner: Any) -> Any:
         def leave(status: int) -> None:

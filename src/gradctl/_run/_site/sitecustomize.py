@@ -120,19 +120,27 @@ def _not_seen(what, why):
 class _Leaving(object):  # noqa: UP004
     """Rides on the SystemExit of `sys.exit` and notices whether it ended the process or was caught."""
 
-    status = None  # the status with which the process is ending, once that is known
+    alive = 0
+    ended = None
 
     def __init__(self, status):
         self.code = status
+        _Leaving.alive += 1
 
-    def __del__(self):
+    def __del__(self, frame=sys._getframe, no_frame=ValueError):
+        _Leaving.alive -= 1
         try:
-            sys._getframe(1)
-        except ValueError:  # no Python frame is left: the interpreter has let go of the exception and is going down
-            _Leaving.status = (self.code,)
+            frame(1)
+        except no_frame:  # the interpreter itself has let go of the exception: it is going down
+            _Leaving.ended = (self.code,)
 
     def __reduce__(self):
         return (bool, ())
+
+    @staticmethod
+    def status():
+        """What ends the process, in a tuple; an empty one if that cannot be told; None without `sys.exit`."""
+        return _Leaving.ended if _Leaving.ended is not None else () if _Leaving.alive else None
 
 
 def _watch_exit():
@@ -171,7 +179,7 @@ def _at_exit():
 
         from gradctl._run import _at_exit as at_exit
 
-        at_exit.main_process_ends(json.loads(_RUN), _Leaving.status)
+        at_exit.main_process_ends(json.loads(_RUN), _Leaving.status())
     except BaseException as fault:
         _not_seen("the report", "gradctl could not draw it: %s: %s" % (type(fault).__name__, fault))
         if _says("quiet", "false") and _says("rank", 0):
