@@ -770,3 +770,40 @@ def test_grad_mode_and_the_generators_are_as_they_were(tmp_path: Path) -> None:
     plain, watched, _ = plain_and_recorded(tmp_path, train)
     assert plain[:2] == watched[:2]
     assert torch.equal(plain[2], watched[2])
+
+
+def test_norms_and_rows_that_wait_on_a_device_say_the_same_at_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (norms, _, _), _, near = plain_and_recorded(tmp_path, lambda: measured_by_hand(mlp(), 20))
+    monkeypatch.setattr("gradctl._record._quiet.is_here", lambda tensor: False)
+    _, _, far = plain_and_recorded(tmp_path, lambda: measured_by_hand(mlp(), 20))
+    assert far.end is not None
+    assert far.end.faults == 0
+    assert sum(stretch.c for stretch in far.maxima) == 20
+    totals = [block.norm[1] for block in far.blocks if block.norm is not None]
+    assert max(totals) == pytest.approx(max(math.hypot(*step) for step in norms), rel=1e-3)
+    by_step = {row.n: row for row in near.rows}
+    for row in far.rows:
+        if row.n in by_step:
+            assert (row.g, row.u, row.cos) == (by_step[row.n].g, by_step[row.n].u, by_step[row.n].cos)
+
+
+def test_a_bad_gradient_on_a_device_is_named_with_its_step_at_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradctl._record._quiet.is_here", lambda tensor: False)
+    _, _, journal = plain_and_recorded(tmp_path, lambda: poisoned(21, steps=40))
+    first = journal.named("nonfinite")[0]
+    grads = [event for event in journal.named("nonfinite") if event.data["what"] == "grad"]
+    assert first.data["what"] in ("grad", "loss")
+    assert (grads[0].n, grads[0].data["params"]) == (21, ["2.weight"])
+
+
+def test_losses_on_a_device_are_read_at_the_drain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradctl._record._losses.is_here", lambda tensor: False)
+    clock = itertools.count(0, 0.01).__next__
+    with recorded(tmp_path, clock=clock) as flight:
+        flight.recorder._hot.scaled[-1] = (0, 0.0, 1.0)  # every loss is read the slow way
+        losses, _ = train_mlp(20)
+    assert losses_of(flight.journal) == pytest.approx(losses, rel=1e-3)

@@ -378,6 +378,7 @@ COMPILED = """
 """
 
 
+@pytest.mark.slow
 def test_compiled_training_is_recorded_without_changing_it(tmp_path: Path) -> None:
     (plain_model, watched_model), (plain_step, watched_step) = json.loads(in_child(tmp_path, COMPILED))
     assert watched_model == plain_model  # losses, and how many graphs were compiled

@@ -7,6 +7,7 @@ completed at the start of the next.
 
 from __future__ import annotations
 
+import importlib
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -195,8 +196,7 @@ class BackwardStream:
 
     def rpc_step(self, context: Any, roots: Any, begin: float) -> None:
         """Take one backward over RPC as a step of this process."""
-        import torch.distributed.autograd as distributed_autograd
-
+        distributed_autograd: Any = importlib.import_module("torch.distributed.autograd")
         stand = self._stand
         state = self.state
         if state is None:

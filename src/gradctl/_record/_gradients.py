@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from gradctl import _torch_private as private
 
-PLAIN = frozenset((Tensor,))
+_PLAIN: set[type] = {Tensor}
 _PLAIN_PARAMETERS = (Tensor, Parameter)
 _REAL = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 _no_dispatch: Any = vars(torch._C.TensorBase).get("__torch_dispatch__", None) or Tensor.__dict__["__torch_dispatch__"]
@@ -48,9 +48,14 @@ def local_part(tensor: Any) -> Tensor | None:
     return torch.view_as_real(tensor) if tensor.is_complex() and not tensor.is_meta else None
 
 
+def are_plain(grads: Sequence[Any]) -> bool:
+    """Whether each of `grads` is there and is a plain tensor."""
+    return set(map(type, grads)) == _PLAIN
+
+
 def is_simple(tensors: Sequence[Tensor]) -> bool:
-    """Whether one fused norm reads all of `tensors`: plain, strided, real, on one device, of one kind of precision."""
-    if not tensors or not set(map(type, tensors)) <= PLAIN:
+    """Whether one fused norm reads all of `tensors`, plain ones: strided, real, on one device, not of mixed width."""
+    if not tensors:
         return False
     devices = {tensor.device for tensor in tensors}
     doubles = {tensor.dtype is torch.float64 for tensor in tensors}

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradctl._record._faults import Faults
 from gradctl._record._gradients import local_part
 from gradctl._record._hot import Hot
-from gradctl._record._quiet import Quiet
+from gradctl._record._quiet import Quiet, is_capturing, is_here
 
 
 class Losses:
@@ -52,8 +52,10 @@ class Losses:
             local = local_part(loss)
             if local is None or local.numel() != 1:
                 return None
-            if local.is_cpu:
+            if is_here(local):
                 return float(local) / float(scale)
+            if is_capturing():
+                return None
             return local.detach(), scale if isinstance(scale, float) else scale.clone()
 
     def scale_wrap(self, inner: Any) -> Any:
@@ -75,7 +77,7 @@ class Losses:
             return
         factor = scaler._scale
         with Quiet():
-            if outputs.is_cpu:
+            if is_here(outputs):
                 kept: Any = float(outputs)
                 factor = float(factor)
             else:

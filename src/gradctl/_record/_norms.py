@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradctl._record import _quiet
 from gradctl._record._gradients import (
-    PLAIN,
+    are_plain,
     by_place,
     exact_norm,
     is_simple,
@@ -98,7 +98,7 @@ class NormTier:
 
     def read(self, state: OptimizerState, grads: list[Any], step: int, optimizer: Any = None) -> Reading:
         """Take the norms of `grads` (None where there is none); to be called inside `Quiet` or its equal."""
-        if state.fast and set(map(type, grads)) == PLAIN:
+        if state.fast and are_plain(grads):
             reading = Reading(grads, None, [])
             try:
                 vector = stacked_norms(grads)
@@ -132,7 +132,7 @@ class NormTier:
                     tensors.append(local)
                     indexes.append(index)
             complete = len(tensors) == len(grads)
-            state.fast = complete and set(map(type, grads)) == PLAIN and is_simple(tensors)
+            state.fast = complete and are_plain(grads) and is_simple(tensors)
             pattern = None if complete else self._patterns.setdefault(tuple(indexes), indexes)
             if len(self._patterns) > 64:
                 self._patterns.clear()
@@ -157,7 +157,7 @@ class NormTier:
             state.totals.append((step, 0.0))
             return
         where, vector = reading.norms[0]
-        if len(reading.norms) == 1 and vector.is_cpu:
+        if len(reading.norms) == 1 and _quiet.is_here(vector):
             values: list[float] = vector.tolist()
             total = math.hypot(*values)
             if total - total != 0.0 and reading.scaled:
@@ -216,7 +216,7 @@ class NormTier:
                 indexes: list[int] | None = group[0][2]
                 table = torch.stack([vector.double() for _, vector, _ in group])
                 peaks: list[float] = table.amax(0).tolist()
-                if not table.is_cpu:
+                if not _quiet.is_here(table):
                     for (step, _, _), row in zip(group, table.tolist(), strict=True):
                         self._judge_late(state, step, row, indexes, gradient_of)
                         remote.setdefault(abs(step), []).extend(row)
@@ -253,9 +253,10 @@ class NormTier:
 
     @staticmethod
     def _merge(state: OptimizerState, peaks: list[float], indexes: list[int] | None) -> None:
-        if state.peak is None or len(state.peak) != state.num:
-            state.peak = [None] * state.num
         merged = state.peak
+        if merged is None or len(merged) != state.num:
+            unseen: list[float | None] = [None] * state.num
+            merged = state.peak = unseen
         for position, value in enumerate(peaks):
             index = position if indexes is None else indexes[position]
             if index >= len(merged):

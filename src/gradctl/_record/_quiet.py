@@ -40,6 +40,11 @@ class Quiet(ExitStack):
         return self
 
 
-def is_watched() -> bool:
-    """Whether a function or dispatch mode of the program would see an operation made now in this thread."""
-    return bool(function_modes() or dispatch_modes())
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may be added to it, and nothing may be waited for."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def is_here(tensor: torch.Tensor) -> bool:
+    """Whether the numbers of `tensor` can be read without waiting for a device."""
+    return tensor.is_cpu

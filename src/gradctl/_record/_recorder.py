@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 
 from gradctl import _taps
-from gradctl._journal import JournalWriter
+from gradctl._journal import EVENTS_KEPT, JournalWriter
 from gradctl._names import NameBook
 from gradctl._record import _events, _hot
 from gradctl._record._blocks import EAGER_STEPS, FLUSH_SECONDS, FLUSH_STEPS, Drain
-from gradctl._record._budget import next_row
 from gradctl._record._describe import Describer
 from gradctl._record._distributed import CompilerSkip, DataParallelTimes, world_size
+from gradctl._record._ending import MAX_OPTIMIZERS, not_seen, totals
 from gradctl._record._fallback import BackwardStream, Stand
 from gradctl._record._faults import Faults
 from gradctl._record._gradients import parameters_of
 from gradctl._record._losses import Losses
-from gradctl._record._norms import NormTier, Reading, gradient_getter
+from gradctl._record._norms import NormTier, gradient_getter
+from gradctl._record._quiet import is_capturing
 from gradctl._record._remembered import SavedOnce
-from gradctl._record._rows import RowTier, learning_rates, peak_memory
+from gradctl._record._rows import RowTier
+from gradctl._record._sampling import Sampling
 from gradctl._record._state import NEVER, Costs, OptimizerState
 
 OnNonFinite = Literal["continue", "stop"]
-MAX_OPTIMIZERS = 512
-"""More optimizers than this are counted, not recorded one by one."""
 _OUTSIDE_AT = 8
 
 
@@ -58,7 +58,6 @@ class Recorder:
     ) -> None:
         self.journal = journal
         self._clock = clock
-        self._stops = on_nonfinite == "stop"
         self._watch_steps = watch_steps
         self.costs = Costs(clock, budget)
         self.faults = Faults(journal, self._tier_off)
@@ -76,6 +75,15 @@ class Recorder:
         self._losses = Losses(self._hot, self.faults, self._bad_loss)
         self._norms = NormTier(self.costs, self._bad_gradient, self._events.skip, self._bind)
         self._rows = RowTier(journal)
+        self._sampling = Sampling(
+            self.costs,
+            self.faults,
+            self._norms,
+            self._rows,
+            self._events,
+            self._bind,
+            stops=on_nonfinite == "stop",
+        )
         self._drain = Drain(
             self._stamps,
             self.by_number,
@@ -89,10 +97,8 @@ class Recorder:
         self._ddp = DataParallelTimes(journal)
         self._compiler = CompilerSkip()
         self._stream = self._new_stream()
-        self._closures: dict[int, tuple[OptimizerState, Any]] = {}
         self._functorch = 0
         self._uncounted = 0
-        self._aligned = False
         self._finished = False
         self._not_seen: dict[str, str] = {}
 
@@ -111,8 +117,8 @@ class Recorder:
             clock,
             faults,
             new=self._new_state,
-            due=self._due,
-            done=self._done,
+            due=self._sampling.before_step,
+            done=self._sampling.after_step,
             drain=self._drain_now,
         )
         engine = _hot.engine_wrap(
@@ -219,7 +225,7 @@ class Recorder:
         self._optimizers.clear()
         self._hot.latest = None
         self._hot.scaled.clear()
-        self._closures.clear()
+        self._sampling.closures.clear()
 
     def _tier_off(self, tier: str) -> None:
         if tier in ("norms", "rows", "saved", "clip", "events"):
@@ -248,7 +254,7 @@ class Recorder:
         self.by_number[state.o] = state
         if self.costs.first_step is None:
             self.costs.first_step = self._clock()
-        self._aligned = world_size() > 1
+        self._sampling.aligned = world_size() > 1
         return state
 
     def _new_state(self, optimizer: Any) -> OptimizerState | None:
@@ -268,8 +274,11 @@ class Recorder:
                 state.gone = True
 
             self._optimizers[state.o] = weakref.ref(optimizer, gone)
-            self._drain.live = max(1, len(self.states))
+            self._count_live()
             return state
+
+    def _count_live(self) -> None:
+        self._drain.live = self._sampling.live = max(1, len(self.states))
 
     def _new_stream(self) -> BackwardStream:
         return BackwardStream(
@@ -286,8 +295,8 @@ class Recorder:
                 describe=self._describe_again,
                 optimizers_exist=lambda: bool(self._created),
                 drain=self._drain_now,
-                schedule_row=self._schedule_row,
-                stop=self._stop_for,
+                schedule_row=self._sampling.schedule_row,
+                stop=self._sampling.stop_for,
             )
         )
 
@@ -300,105 +309,6 @@ class Recorder:
             self._drain.close_maxima(state)
         self._describer.describe(state, params, optimizer)
 
-    # -- a step that is measured --------------------------------------------------------------------------------------
-
-    def _due(self, state: OptimizerState, optimizer: Any, args: Any, kwargs: Any) -> BaseException | None:
-        """Before a step in which a norm or a row is due."""
-        begin = self._clock()
-        wants_row = state.steps >= state.next_row and "rows" not in self.faults.off
-        if not state.described or len(optimizer.param_groups) != state.num_groups:
-            self._bind(state, optimizer)
-        if "norms" in self.faults.off:
-            state.next_norm = NEVER
-        state.closure = (len(args) > 1 and callable(args[1])) or callable(kwargs.get("closure"))
-        step = state.steps + 1
-        reading = None
-        try:
-            if wants_row:
-                params = parameters_of(optimizer)
-                if [id(param) for param in params] != state.keys:
-                    self._bind(state, optimizer)
-                self._rows.sketch_weights(state, params, step)
-        except Exception as error:
-            state.row = None
-            self.faults.caught("rows", error)
-        # With a closure the gradients of this step do not exist yet.
-        state.sampling = wants_row or state.closure
-        if not state.closure:
-            reading = self._measure(state, optimizer, step)
-        elif self._stops:
-            # Its backwards are looked at as they end: after the step it would be too late.
-            self._closures[threading.get_ident()] = state, optimizer
-        if wants_row:
-            state.row_cost = self._clock() - begin
-        return self._stop_for(state, step, reading)
-
-    def _measure(self, state: OptimizerState, optimizer: Any, step: int) -> Reading | None:
-        if "norms" in self.faults.off:
-            return None
-        try:
-            reading = self._norms.measure(state, optimizer, step)
-        except Exception as error:
-            self.faults.caught("norms", error)
-            return None
-        if self._stops:
-            state.next_norm = step
-        if state.row is not None:
-            try:
-                self._rows.take_gradients(state, reading)
-            except Exception as error:
-                state.row = None
-                self.faults.caught("rows", error)
-        return reading
-
-    def _done(self, state: OptimizerState, optimizer: Any, now: float) -> None:
-        """After a step that was sampled or had a closure."""
-        state.sampling = False
-        begin = self._clock()
-        if state.closure:
-            self._closures.pop(threading.get_ident(), None)
-            self._measure(state, optimizer, state.steps)
-        row = state.row
-        if row is not None:
-            try:
-                self._rows.complete(state, parameters_of(optimizer), learning_rates(optimizer), now - self.costs.began)
-            except Exception as error:
-                state.row = None
-                self.faults.caught("rows", error)
-            self._schedule_row(state, state.row_cost + self._clock() - begin, now)
-        elif "rows" in self.faults.off:
-            state.next_row = NEVER
-        elif state.steps > state.next_row:
-            state.next_row = state.steps
-        if state.steps == 3:
-            self._events.none(state)
-
-    def _schedule_row(self, state: OptimizerState, cost: float, now: float) -> None:
-        state.row_cost = cost
-        costs = self.costs
-        costs.spent += cost
-        elapsed = max(costs.elapsed(now), 1e-9)
-        state.next_row = (
-            next_row(
-                state.steps,
-                paired=state.row_measured_at == state.steps - 1,
-                cost=cost,
-                step_seconds=elapsed / max(1, state.steps),
-                spent=costs.spent - costs.one_off,
-                elapsed=elapsed,
-                budget=costs.budget,
-                aligned=self._aligned,
-                sharers=self._drain.live,
-            )
-            - 1
-        )
-        state.row_measured_at = state.steps
-
-    def _stop_for(self, state: OptimizerState, step: int, reading: Reading | None) -> BaseException | None:
-        if self._stops and reading is not None and reading.bad:
-            return _events.stopped(state, step, reading.bad)
-        return None
-
     # -- events -------------------------------------------------------------------------------------------------------
 
     def _bad_gradient(self, state: OptimizerState, step: int, indexes: list[int], of: int) -> None:
@@ -407,6 +317,9 @@ class Recorder:
     def _bad_loss(self) -> None:
         """A loss is NaN or inf: say so, and look at the gradients of the step that comes."""
         state = self._hot.latest
+        if state is not None and state.loss_bad > EVENTS_KEPT:  # the run is lost: only count
+            self.journal.event("nonfinite")
+            return
         for other in list(self.states.values()):
             other.next_norm = min(other.next_norm, other.steps)
         optimizer = self._optimizer(state)
@@ -465,13 +378,11 @@ class Recorder:
         latest = self._hot.latest
         if latest is not None and "saved" not in self.faults.off:
             self._saved.after_backward(latest.steps, self._all_parameters)
-        inside = self._closures.get(threading.get_ident())
-        if inside is not None:
-            state, optimizer = inside
-            return self._stop_for(state, state.steps + 1, self._measure(state, optimizer, state.steps + 1))
+        if self._sampling.closures:
+            return self._sampling.inside_closure()
         if not self._stream.over:
             return self._stream.after_backward(outputs)
-        if self._saved.done and not self._stops:
+        if self._saved.done and not self._sampling.stops:
             self._hot.after_backward = None
         return None
 
@@ -486,11 +397,13 @@ class Recorder:
     # -- the drain ----------------------------------------------------------------------------------------------------
 
     def _drain_now(self, now: float) -> None:
+        if is_capturing():
+            return
         begin = self._clock()
         with self._lock:
             self._rows.write_waiting()
             states = list(self.by_number.values())
-            self._drain.live = max(1, len(self.states))
+            self._count_live()
             self._drain.empty()
             enough = False
             for state in states:
@@ -522,61 +435,33 @@ class Recorder:
 
     def _last_words(self, how: str, code: int | None, exc: dict[str, Any] | None) -> None:
         now = self._clock()
-        for state in self.by_number.values():
+        states = list(self.by_number.values())
+        for state in states:
             self._drain.close(state, now)
             self._drain.close_maxima(state)
             if state.described and not (state.steps < 3 and state.closure):
                 self._events.none(state)
             self._events.stall(state)
-        steps = {str(state.o): state.steps for state in self.by_number.values()}
         self._events.unoptimized({id(param) for param in self._all_parameters()})
         if self._hot.latest is not None:
             self._ddp.ask(self._hot.latest.steps, last=True)
-        costs = self.costs
-        wall = costs.elapsed(now)
-        rows = sum(state.rows for state in self.by_number.values())
-        main = max(self.by_number.values(), key=lambda state: state.steps, default=None)
+        unseen = not_seen(
+            states,
+            self._drain,
+            functorch=self._functorch,
+            waiting=sum(1 for key in self._created if key not in self.states),
+            uncounted=self._uncounted,
+        )
         self.journal.write(
             "end",
             now=True,
             how=how,
             code=code,
             exc=exc,
-            steps=steps,
             backwards=self._drain.backwards,
-            cost=round(costs.spent, 4),
-            one_off=round(costs.one_off, 4),
-            wall=round(wall, 3),
-            share=round((costs.spent - costs.one_off) / wall, 5) if wall > 0 else 0.0,
             faults=self.faults.count + len(self._names.faults),
             dropped=dict(self.journal.dropped),
-            rss=peak_memory().get("rss"),
-            not_seen=[[what, why] for what, why in self._unseen(steps).items()],
+            not_seen=[[what, why] for what, why in (self._not_seen | unseen).items()],
             bytes=self.journal.bytes,
-            tiers={"norm_every": main.norm_gap if main is not None else 0, "rows": rows},
+            **totals(states, self.costs, now),
         )
-
-    def _unseen(self, steps: dict[str, int]) -> dict[str, str]:
-        found = dict(self._not_seen)
-        seen = any(steps.values())
-        if not seen and self._functorch:
-            found["training through torch.func"] = (
-                f"torch.func computed gradients {self._functorch} times; they are returned, never stored in .grad"
-            )
-        elif not seen and self._drain.grads:
-            found["training through torch.autograd.grad"] = (
-                f"it was called {self._drain.grads} times; its gradients are returned, never stored in .grad"
-            )
-        if seen and not self._drain.backwards:
-            found["the backward"] = (
-                "an optimizer stepped, but no backward was called from Python: a compiled step, C++, "
-                "or gradients that the program writes itself"
-            )
-        never = sum(1 for key in self._created if key not in self.states)
-        if not seen and never:
-            found["the optimizer's steps"] = f"{never} optimizers were made and none has stepped"
-        if self._uncounted:
-            found["some optimizers"] = (
-                f"there were more than {MAX_OPTIMIZERS}; {self._uncounted} steps are not recorded"
-            )
-        return found

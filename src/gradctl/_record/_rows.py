@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gradctl._journal import JournalWriter, encode_norms
+from gradctl._record import _quiet
 from gradctl._record._gradients import exact_norm, local_part
 from gradctl._record._norms import Reading
 from gradctl._record._quiet import Quiet
@@ -113,12 +114,13 @@ class RowTier:
         row.time, row.lr = time, lr
         previous, state.previous = state.previous, None
         with Quiet():
-            neighbours = previous is not None and previous[0] == row.step - 1 and len(previous[1]) == len(row.groups)
+            known: list[Tensor | None] = previous[1] if previous is not None and previous[0] == row.step - 1 else []
+            neighbours = bool(known) and len(known) == len(row.groups)
             for number, group in enumerate(row.groups):
                 tensors = [local_part(params[index]) for index in group.indexes if index < len(params)]
                 if len(tensors) != len(group.indexes) or any(tensor is None for tensor in tensors):
                     continue
-                before = previous[1][number] if neighbours else None
+                before = known[number] if neighbours else None
                 if before is not None and (group.gradient is None or before.numel() != group.gradient.numel()):
                     before = None
                 low = any(state.low_precision[index] for index in group.indexes if index < len(state.low_precision))
@@ -127,7 +129,7 @@ class RowTier:
             state.previous = (row.step, [group.gradient for group in row.groups])
             for group in row.groups:
                 group.weights = group.gradient = None  # type: ignore[assignment]
-            here = row.reading.values is not None and all(pack.is_cpu for *_, pack in row.packs)
+            here = row.reading.values is not None and all(_quiet.is_here(pack) for *_, pack in row.packs)
         state.rows += 1
         # A row whose partner has been taken is no longer needed for a cosine.
         if neighbours and row.step > 5:
