@@ -245,6 +245,13 @@ def test_an_averaged_copy_or_a_frozen_teacher_changes_no_name(book):
     assert len(expected(teacher)) == len(expected(average.module)) == 2
 
 
+def test_a_list_that_holds_the_layers_of_the_model_as_well_changes_no_name(book):
+    layers = nn.ModuleList(Net() for _ in range(3))
+    model = nn.Sequential(nn.Linear(2, 2), *layers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert book.names_for(optimizer.param_groups[0]["params"]).names == expected(model)
+
+
 def test_names_stay_the_same_on_every_request(book):
     first, second = Net(), Net()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (first, second)]

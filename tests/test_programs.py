@@ -78,7 +78,7 @@ ALL = (
     Program("compiled", names=("0.weight", "0.bias", "2.weight", "2.bias"), slow=True),
     Program("compiled_inductor", names=("0.weight", "0.bias", "2.weight", "2.bias"), slow=True),
     Program("spawn", children=2, names=("weight", "bias"), slow=True),
-    Program("rpc_autograd", children=1, names=("layer.weight", "layer.bias"), slow=True),
+    Program("rpc_autograd", children=1, slow=True),
     Program("fsdp2", ranks=2, names=("0.weight", "0.bias", "1.up.weight", "1.up.bias"), slow=True),
     Program("exit_three", names=("weight", "bias"), slow=True),
     Program("uncaught", names=("weight", "bias"), slow=True),

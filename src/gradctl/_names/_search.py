@@ -239,9 +239,9 @@ class _Request:
             prefix = self._memory.prefix_of(tree.root)
             if prefix is None:
                 own = {tree.names[key] for key in tree.gives}
-                rivals = [other for other in trees if other is not tree and not own.isdisjoint(other.names.values())]
+                rivals = [other for other in trees if _shares_a_name(other, tree, own)]
                 prefix = ""
-                if any(counts[name] > 1 for name in own) or (rivals and self._is_trained(rivals)):
+                if any(counts[name] > 1 for name in own) or (rivals and self._is_trained(rivals, tree)):
                     label = self._look().labels.get(id(tree.root)) or class_name(tree.root)
                     number, prefix = 1, f"{label}."
                     while prefix in taken:
@@ -251,9 +251,14 @@ class _Request:
             prefixes.append(prefix)
         return prefixes
 
-    def _is_trained(self, trees: list[Tree]) -> bool:
-        """Whether one of `trees` gave names before, or an optimizer among the variables holds a parameter of it."""
-        if any(self._memory.prefix_of(tree.root) is not None for tree in trees):
+    def _is_trained(self, rivals: list[Tree], tree: Tree) -> bool:
+        """Whether a rival gave names before, or an optimizer among the variables holds a parameter of it alone."""
+        if any(self._memory.prefix_of(rival.root) is not None for rival in rivals):
             return True
-        optimized = self._look().optimized
-        return any(not optimized.isdisjoint(tree.names) for tree in trees)
+        optimized = self._look().optimized - tree.names.keys()
+        return any(not optimized.isdisjoint(rival.names) for rival in rivals)
+
+
+def _shares_a_name(other: Tree, tree: Tree, own: set[str]) -> bool:
+    """Whether `other` calls a parameter that `tree` does not hold by one of the names `own`."""
+    return other is not tree and any(name in own and key not in tree.names for key, name in other.names.items())

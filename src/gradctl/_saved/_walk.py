@@ -13,7 +13,8 @@ from torch import Tensor
 from gradctl._saved._storage import SavedBytes, Tally
 
 _NODES = 100_000
-_SECONDS = 0.5
+_SECONDS = 0.25
+_READING = 0.4
 _RAW = "_raw_saved_"
 _OPAQUE = ("torch::autograd::CppNode", "torch::autograd::CopySlices")
 _CHAIN = 4
@@ -39,7 +40,7 @@ def walk(
         exclude_storages: keys from `storage_keys`, usually of the parameters.
         names: FQN of each parameter by `id`, for the modules of the rows.
         nodes: most nodes to visit.
-        seconds: most seconds to spend, checked every 256 nodes.
+        seconds: most seconds to spend, about; checked every 256 nodes.
     Returns:
         Bytes by operation and nearest module. An operation that uses no parameter itself belongs to the module
         whose output it was computed from.
@@ -47,12 +48,16 @@ def walk(
     begin = time.perf_counter()
     tally = Tally(exclude_storages)
     graph = _Graph()
-    packed, fault = 0, None
+    packed, fault, done = 0, None, 0
     try:
         with torch._C.DisableTorchFunctionSubclass():
-            graph.read(root, nodes, begin + seconds)
+            graph.read(root, nodes, begin + _READING * seconds)
             modules = _nearest_modules(graph, names or {})
             for index, node in enumerate(graph.nodes):
+                if not index % 256 and time.perf_counter() > begin + seconds:
+                    graph.complete = False
+                    break
+                done = index + 1
                 where = graph.kind(index)
                 if where.startswith(_OPAQUE):
                     tally.unread += 1
@@ -69,7 +74,7 @@ def walk(
         total=tally.total,
         count=tally.count,
         rows=tally.rows(),
-        nodes=len(graph.nodes),
+        nodes=done,
         seconds=time.perf_counter() - begin,
         complete=graph.complete,
         packed=packed,
