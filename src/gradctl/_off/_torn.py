@@ -22,6 +22,7 @@ can leave a node whose backward would read at address 0; see `_saved_strides`. S
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import sysconfig
@@ -105,9 +106,23 @@ _habits: weakref.WeakKeyDictionary[Any, _Habit] = weakref.WeakKeyDictionary()
 
 def note_toggle(me: int) -> None:
     """Mark every thread but `me`, which turns the switch; called right after each turn, under the switch's lock."""
-    global _strict, _turns
+    global _strict
     if _state.is_shut:
         _strict = _state.strict > 0
+    # Before Python 3.12 making a frame object may run the collector, and a finalizer there may let another thread run
+    # and leave the very frame that is being looked at.
+    collecting = sys.version_info < (3, 12) and gc.isenabled()
+    if collecting:
+        gc.disable()
+    try:
+        _look(me)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _look(me: int) -> None:
+    global _turns
     frames = sys._current_frames()
     if len(frames) > 1:
         _turns += _state.is_shut
