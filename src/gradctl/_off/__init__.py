@@ -138,6 +138,11 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
         _the_switch().leave(strict=self._strict)
 
 
+# torch.compile stops at these calls, runs them as they are, and goes on behind them: dynamo looks for this mark.
+for _method in (off.__enter__, off.__exit__, off.start, off.remove):
+    _method._torchdynamo_disable = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def is_off() -> bool:
     """Return whether gradients are off in this process.
 

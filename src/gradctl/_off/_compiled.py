@@ -16,6 +16,9 @@ from gradctl import _torch_private as private
 from gradctl._off import _state
 
 
+_told = False
+
+
 class OffStance:
     """What dynamo finds in place of its stance while gradients are off; a copy that outlives that says what was before.
 
@@ -69,6 +72,16 @@ class Stance:
 def lock() -> Any | None:
     """Return the lock that is held while something is being compiled, or None when dynamo is not loaded."""
     return getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)
+
+
+def skip_us() -> None:
+    """Tell dynamo, if it is loaded, to run our own code as it is; to be told so twice changes nothing."""
+    global _told
+    if not _told and "torch._dynamo" in sys.modules and _eval_frame() is not None:
+        skip = private.find("dynamo_skip")
+        if skip is not None:
+            skip("gradctl")
+        _told = True
 
 
 def drop() -> None:

@@ -37,6 +37,7 @@ def decorate(function: Any, make: Callable[[], off]) -> Any:
         with make():
             return function(*args, **kwargs)
 
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
     return call
 
 

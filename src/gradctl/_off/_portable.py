@@ -23,7 +23,6 @@ GAPS = (
     "threads that C++ made: std::thread, RPC workers, pthreads that call Python, torch.jit.fork",
     "C++ autograd functions under a grad-mode guard of their own",
     "a thread that stays inside of one C call, until it returns",
-    "torch.compile of a new function fails while gradients are off",
     "a profiler that runs in another thread (sys.setprofile, cProfile) is ended",
 )
 _KEYS = ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")

@@ -202,12 +202,16 @@ class _Memory:
         return list(self._files)
 
     def protection_if_not_writable(self, address: int) -> int | None:
-        """Return the protection of the page at `address`, or None when it can be written."""
-        for _ in range(2):
-            for low, high, protection in reversed(self._spans):
-                if low <= address < high:
-                    return None if protection & mmap.PROT_WRITE else protection
-            self._read()  # its library was loaded since
+        """Return the protection of the page at `address`, or None when it can be written; its library is pinned.
+
+        The map is read anew: what was read before the library was pinned may tell of another one that lay there, and a
+        page that is closed by mistake afterwards takes the process down when its library is unloaded.
+        """
+        self._spans.clear()
+        self._read()
+        for low, high, protection in self._spans:
+            if low <= address < high:
+                return None if protection & mmap.PROT_WRITE else protection
         raise SlotUnusable("an import slot lies outside of the memory of this process")
 
 

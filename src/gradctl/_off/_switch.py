@@ -54,7 +54,7 @@ class _Installed:
         self.strict = Strict()
         self.handles = [*_refusals.subscribe(), *_children.subscribe()]
         self.handles.append(_taps.autograd_compiler.subscribe(self.autograd.veto, order="veto"))
-        self.handles.append(_taps.compile.subscribe(_then(lambda: self.stance.shut()), order="veto"))
+        self.handles.append(_taps.compile.subscribe(_then(self._meet_dynamo), order="veto"))
         for tap in (_taps.load_library, _taps.library_open, _taps.extension_import):
             self.handles.append(tap.subscribe(_then(self._reach_new_library), order="veto"))
         _backwards.find_earlier()
@@ -74,6 +74,10 @@ class _Installed:
         self.engine = _portable.Portable(why=str(reason))
         _announce(self.engine)
 
+    def _meet_dynamo(self) -> None:
+        _compiled.skip_us()
+        self.stance.shut()
+
     def _reach_new_library(self) -> None:
         try:
             self.engine.shut()
@@ -91,6 +95,7 @@ def enter(*, strict: bool, drain_seconds: float) -> None:
     Raises:
         SwitchFailed: one did not end in that time, or no engine works here; nothing is changed.
     """
+    _compiled.skip_us()
     site = _site.find()
     with _lock:
         _install()
@@ -327,12 +332,7 @@ def _announce(engine: _engines.Engine) -> None:
 
 def _warn() -> None:
     while _announcements:
-        warnings.warn(_announcements.pop(0), RuntimeWarning, stacklevel=_levels())
-
-
-def _levels() -> int:
-    """Return how far up the line of the program is, for the warning to name it."""
-    return _site.depth() + 1
+        warnings.warn(_announcements.pop(0), RuntimeWarning, stacklevel=_site.depth() + 1)
 
 
 def _before_fork() -> None:
