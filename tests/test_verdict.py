@@ -179,8 +179,9 @@ def test_a_stop_at_the_first_bad_gradient_is_told(tmp_path: Path) -> None:
     events = [event("nonfinite", 9.0, o=0, n=18, what="grad", params=NAMES[:2], count=2, of=52)]
     found = verdict(journals.write(tmp_path, [trainer(17)], events=events, end=goodbye({0: 17}, code=1, exc=exc)))
     assert found.level == "error"
-    assert "step 18" in found.sentence
-    assert found.sentence.endswith("it was stopped at train.py:9 before the update.")
+    assert found.sentence == "Gradients became NaN at step 18; it was stopped at train.py:9 before the update."
+    assert "the weights are those of step 17" in found.findings[0].why
+    assert "--on-nonfinite" not in found.findings[0].fix
 
 
 def test_parameters_that_were_never_reached_are_named(tmp_path: Path) -> None:
@@ -497,7 +498,7 @@ def test_at_most_four_findings_are_shown_and_all_are_kept_worst_first(tmp_path: 
 def test_every_finding_is_in_the_table_of_fixes_and_names_only_commands_that_exist() -> None:
     source = "".join(p.read_text() for p in Path(sys.modules[Verdict.__module__].__file__).parent.glob("*.py"))
     used = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", source))
-    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight")}
+    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight", "stopped")}
     assert used == set(FIXES)
     for text in FIXES.values():
         assert not re.search(r"gradctl (?!run|report|env)\w+", text), text

@@ -24,6 +24,7 @@ FIXES: dict[str, str] = {
     "no-gradient": "look for detach(), .data, no_grad() or item() between the parameters and the loss",
     "nonfinite-gradient": "gradctl run --on-nonfinite stop {script}",
     "nonfinite-loss": "gradctl run --on-nonfinite stop {script}",
+    "nonfinite-stopped": "look at the batch of that step, and at the loss and the learning rate of the steps before",
     "nonfinite-weight": "gradctl run --on-nonfinite stop {script}",
     "not-seen": "check by hand that weights change from one step to the next",
     "journal-damaged": "nothing to do for the run; keep the file if you report this",
@@ -51,24 +52,26 @@ def finding(
     confidence: float = 1.0,
     parameters: tuple[str, ...] = (),
     measured: dict[str, float] | None = None,
+    line: str = "",
     **words: str,
 ) -> Finding:
     """Make a finding with its line of the table.
 
     Args:
-        slug: which line.
+        slug: the cause.
         severity: how bad it is.
         symptom: the claim, with a number.
         why: why it matters.
         confidence: from 0 to 1.
         parameters: those concerned; the first 50 are kept.
         measured: the numbers behind the claim.
+        line: which line of the table, where a slug has several.
         words: what the line needs (`script`, `rank`, `where`).
 
     Returns:
         The finding.
     """
-    fix = FIXES[slug]
+    fix = FIXES[line or slug]
     for key, value in words.items():
         fix = fix.replace("{" + key + "}", value)
     return Finding(slug, severity, symptom, why, fix, confidence, None, (), parameters[:50], measured)

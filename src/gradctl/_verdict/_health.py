@@ -20,6 +20,8 @@ from gradctl._verdict._words import count, named, number, percent
 STEPS_TO_JUDGE = 50
 """Tendencies of fewer steps are not judged."""
 ROWS_TO_JUDGE = 8
+NORMS_TO_JUDGE = 4
+"""A short run of a small model is sampled a few times only; six decades need no more."""
 FAST = 0.5
 """Half of its own size a step: a weight that moves so far walks at random."""
 QUICK = 0.1
@@ -41,7 +43,14 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
     who = _who(facts, training)
     names = f"{found.count} of {found.of} tensors at once: {named(found.names, found.count)}. " if found.names else ""
     severity: Severity = "error"
-    if found.lasting:
+    line = slug
+    if found.first > training.steps:
+        symptom = f"{what} {be[0]} NaN or inf at step {found.first}{who}"
+        why, line = (
+            f"{names}That step was not taken: the weights are those of step {training.steps}.",
+            "nonfinite-stopped",
+        )
+    elif found.lasting:
         symptom = f"{what} {be[0]} NaN or inf at step {found.first}{who}"
         lost = training.steps - found.first
         after = f"All {count(lost, 'later step')} are lost." if lost > 1 else "It was the last step."
@@ -59,6 +68,7 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
         severity,
         symptom,
         why,
+        line=line,
         script=_script(facts),
         parameters=found.names,
         measured={"step": found.first, "steps": found.steps, "tensors": found.count},
@@ -257,59 +267,71 @@ def stall(facts: Facts, training: Training) -> Iterator[Finding]:
     )
 
 
-def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
-    """Gradients that are exactly zero to the end, or too small to matter beside the others."""
-    rows = training.late_rows
-    if training.steps < 20 or training.nonfinite is not None:
-        return
-    last_losses = [b.loss[0] for b in training.losses[-3:] if b.loss is not None]
-    solved = bool(last_losses) and all(v == 0.0 for v in last_losses)  # a hinge loss of 0 has nothing left to say
-    tail = max(20, training.steps // 5)
-    measured = [step for step, _ in training.measured]
-    if not solved and sum(step > training.steps - tail for step in measured) >= 3:
-        # the first two steps are left out: what is initialised to zero holds its neighbours at zero there
-        quiet = {i: since for i, since in training.zero_since.items() if training.steps - since + 1 >= tail}
-        matrices = [i for i in quiet if training.is_matrix(i)]
-        if quiet and len(matrices) < len([i for i in training.seen if training.is_matrix(i)]) + 1:
-            since = max(quiet.values())
-            always = since <= 3
-            names = tuple(training.name(i) for i in sorted(quiet)[:50])
-            yield finding(
-                "gradients-zero",
-                "warning" if matrices else "note",
-                f"{len(quiet)} of {training.tensors} tensors have a gradient of exactly zero"
-                + (" in every step" if always else f" since step {since}"),
-                f"{named(names, len(quiet))}: the loss no longer depends on {'it' if len(quiet) == 1 else 'them'}.",
-                confidence=0.8,
-                parameters=names,
-                measured={"tensors": len(quiet), "step": since},
-            )
-            return
-    if training.steps < STEPS_TO_JUDGE or len(rows) < ROWS_TO_JUDGE:
-        return
-    norms = {i: g for i, g in training.norms(rows).items() if training.is_matrix(i)}
-    top = max(norms.values(), default=0.0)
-    gone = [i for i, g in norms.items() if 0 < g < VANISHED * top]
-    if len(gone) >= 4 and 4 * len(gone) >= len(norms):
-        names = tuple(training.name(i) for i in gone[:50])
+def vanished(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Gradients too small to matter beside the others: through deep saturated nets they underflow layer by layer."""
+    names = _vanished(training)
+    if names:
+        matrices = sum(training.is_matrix(i) for i in training.seen)
         yield finding(
             "gradients-vanish",
             "warning",
-            f"Gradients vanish: {len(gone)} of {len(norms)} weight matrices get less than a millionth of the largest",
-            f"{named(names, len(gone))}.",
+            f"Gradients vanish: {len(names)} of {matrices} weight matrices get less than a millionth of the largest",
+            f"{named(names, len(names))}.",
             confidence=0.7,
             parameters=names,
-            measured={"ratio": min(norms[i] for i in gone) / top},
+            measured={"matrices": len(names)},
         )
-    dead = [r.dead for r in rows if r.dead is not None and math.isfinite(r.dead)]
-    if len(dead) >= ROWS_TO_JUDGE and median(dead) >= 0.8:
+
+
+def _vanished(training: Training) -> tuple[str, ...]:
+    if training.steps < STEPS_TO_JUDGE or len(training.late_norms) < NORMS_TO_JUDGE or training.nonfinite is not None:
+        return ()
+    norms = {i: g for i, g in training.norms(training.late_norms).items() if training.is_matrix(i)}
+    gone = [i for i, g in norms.items() if g < VANISHED * max(norms.values())]
+    # a norm of 0 is an underflow only where its neighbours show one coming
+    fading = sum(norms[i] > 0 for i in gone)
+    return tuple(training.name(i) for i in gone) if fading >= 2 and len(gone) >= max(4, len(norms) / 4) else ()
+
+
+def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Gradients that are exactly zero to the end."""
+    if training.steps < 20 or training.nonfinite is not None or _vanished(training):
+        return
+    if any(b.loss is not None and b.loss[1] == 0.0 for b in training.losses[-3:]):
+        return  # a hinge loss of 0 has nothing left to say
+    tail = max(20, training.steps // 5)
+    steps = [step for step, _ in training.measured]
+    looked, whole_run = sum(step > training.steps - tail for step in steps), len(steps) >= ROWS_TO_JUDGE
+    quiet = {i: since for i, since in training.zero_since.items() if training.steps - since + 1 >= tail}
+    # what is born at zero holds its neighbours at zero for a step or two, so "always" begins with the third
+    quiet = {i: since for i, since in quiet.items() if looked >= 6 or (since <= 3 and whole_run)}
+    if not quiet:
+        return
+    since = max(quiet.values())
+    names = tuple(training.name(i) for i in sorted(quiet))
+    yield finding(
+        "gradients-zero",
+        "warning" if any(training.is_matrix(i) for i in quiet) else "note",
+        f"{len(quiet)} of {training.tensors} tensors have a gradient of exactly zero"
+        + (" in every step" if since <= 3 else f" since step {since}"),
+        f"{named(names, len(quiet))}: the loss no longer depends on {'it' if len(quiet) == 1 else 'them'}.",
+        confidence=0.8,
+        parameters=names,
+        measured={"tensors": len(quiet), "step": since},
+    )
+
+
+def dead(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Gradients most of whose entries are zero."""
+    shares = [r.dead for r in training.late_rows if r.dead is not None and math.isfinite(r.dead)]
+    if training.steps >= STEPS_TO_JUDGE and len(shares) >= ROWS_TO_JUDGE and median(shares) >= 0.8:
         yield finding(
             "dead-gradients",
             "note",
-            f"{percent(median(dead))} of the gradient's entries are exactly zero",
+            f"{percent(median(shares))} of the gradient's entries are exactly zero",
             "Sampled over all tensors. A large embedding looks like this; so do dead ReLUs.",
             confidence=0.4,
-            measured={"share": median(dead)},
+            measured={"share": median(shares)},
         )
 
 
@@ -333,8 +355,8 @@ def clipped(facts: Facts, training: Training) -> Iterator[Finding]:
 def accumulation(facts: Facts, training: Training) -> Iterator[Finding]:
     """Several backwards a step, as observed."""
     told = [e for e in training.journal.named("accumulation") if e.o in (None, training.id)]
-    if not told or training.id != (facts.training.id if facts.training else None):
-        return
+    if not told or training is not facts.training or "LBFGS" in training.record.cls:
+        return  # LBFGS calls its closure several times a step and adds nothing up
     each = whole(told[-1].data.get("microbatches"), 0)
     if each > 1:
         since = whole(told[-1].data.get("since"), 1)
@@ -355,7 +377,9 @@ RULES: tuple[Callable[[Facts, Training], Iterator[Finding]], ...] = (
     loss,
     updates,
     stall,
+    vanished,
     zeros,
+    dead,
     clipped,
     accumulation,
 )

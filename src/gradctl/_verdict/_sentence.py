@@ -9,6 +9,7 @@ from gradctl._verdict._training import Training, short_name
 from gradctl._verdict._whole import missed
 from gradctl._verdict._words import count, number
 
+SLOW = ("late-rank", "data-loader")
 INTERRUPTS = ("KeyboardInterrupt", "SystemExit")
 
 
@@ -25,10 +26,11 @@ def sentence(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
     if not how:
         return f"{body}.", level
     worst = max(level, ended, key=_order)
-    alone = facts.training is None or (level in ("good", "note") and _order(ended) >= _order("warning"))
-    if alone and not _off(facts):
-        return f"{how[0].upper()}{how[1:]}.", worst
-    return f"{body}; {how}.", worst
+    if _off(facts) or _order(ended) <= max(_order(level), _order("note")):
+        return f"{body}; {how}.", worst
+    # what ended the run is worse than what its gradients did: it comes first, and what is merely slow is left out
+    told = facts.training is not None and level == "warning" and findings[0].slug not in SLOW
+    return f"{how[0].upper()}{how[1:]}{'; ' + body if told else ''}.", worst
 
 
 def _order(level: Level) -> int:
@@ -43,7 +45,7 @@ def _body(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
         ), "note"
     level = _level(findings)
     lead = findings[0] if findings and findings[0].severity != "note" else None
-    bad = next((t for _, ts in facts.by_rank for t in ts if t.nonfinite is not None and t.nonfinite.lasting), None)
+    bad = next((t for _, ts in facts.by_rank for t in ts if _is_lost(t)), None)
     if bad is not None and bad.nonfinite is not None and lead is not None and lead.slug.startswith("nonfinite"):
         return _nonfinite(bad), level
     if facts.training is None:
@@ -52,6 +54,11 @@ def _body(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
     if lead is not None:
         return lead.symptom, level
     return _well(facts, findings), level
+
+
+def _is_lost(training: Training) -> bool:
+    found = training.nonfinite
+    return found is not None and (found.lasting or found.first > training.steps)
 
 
 def _level(findings: tuple[Finding, ...]) -> Level:
@@ -67,6 +74,8 @@ def _nonfinite(training: Training) -> str:
     assert found is not None
     what = {"gradient": "Gradients", "loss": "The loss", "weight": "Weights"}[found.where]
     start = f"{what} became NaN at step {found.first}"
+    if training.steps < found.first:
+        return start
     if training.steps <= found.first:
         return f"{start}, the last one"
     if found.share >= 0.9 or found.share == 0.0:

@@ -153,11 +153,18 @@ class Training:
                     found[i] = median(values)
         return found
 
-    def norms(self, rows: Sequence[Row]) -> dict[int, float]:
-        """Return the median gradient norm of each tensor over `rows`, non-finite ones left out."""
+    @cached_property
+    def late_norms(self) -> tuple[tuple[float | None, ...], ...]:
+        """Gradient norms measured in the second half, sampled rows and block maxima alike; at most `SAMPLED_ROWS`."""
+        late = [norms for step, norms in self.measured if step > self.steps // 2]
+        stride = -(-len(late) // SAMPLED_ROWS) or 1
+        return tuple(late[::stride])
+
+    def norms(self, measured: Sequence[tuple[float | None, ...]]) -> dict[int, float]:
+        """Return the median gradient norm of each tensor over `measured`, non-finite ones left out."""
         found: dict[int, float] = {}
         for i in range(self.tensors):
-            values = [g for r in rows if i < len(r.g) and (g := r.g[i]) is not None and math.isfinite(g)]
+            values = [g for norms in measured if i < len(norms) and (g := norms[i]) is not None and math.isfinite(g)]
             if values:
                 found[i] = median(values)
         return found

@@ -227,7 +227,8 @@ def _layer_rows(training: Training) -> Iterator[tuple[float, Row]]:
     if not training.measured:
         return
     rows = training.late_rows or training.rows[-8:]
-    norms, ratios, zero = training.norms(rows), training.ratios(rows), training.zero_since
+    norms, ratios = training.norms([r.g for r in rows]), training.ratios(rows)
+    zero = training.zero_since
     last = training.measured[0][1]
     lost = set(training.never[1])
     for i in range(training.tensors):
