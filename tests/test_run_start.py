@@ -69,7 +69,7 @@ def test_a_script_from_stdin_starts_as_under_plain_python(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "flags",
-    [["-O"], ["-u", "-B"], ["-W", "error"], ["-X", "dev", "-Wignore"], ["-P"], ["-s", "-OO"], ["-bb"]],
+    [["-O", "-u", "-B"], ["-W", "error", "-P"], ["-X", "dev", "-Wignore", "-s", "-bb", "-OO"]],
     ids=lambda flags: " ".join(flags),
 )
 def test_flags_of_the_interpreter_are_handed_on(tmp_path: Path, flags: list[str]) -> None:

@@ -124,7 +124,6 @@ class ProcessJournal(JournalWriter):
             "schema": SCHEMA,
             "argv": argv,
             "script": self.settings.get("script") if main else os.path.basename(sys.argv[0] if sys.argv else ""),
-            "name": self.settings.get("name"),
             "cwd": self._cwd,
             "pid": os.getpid(),
             "ppid": os.getppid(),

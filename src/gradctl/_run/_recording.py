@@ -237,7 +237,6 @@ def _begin(policy: Policy) -> Recording:
     settings: Mapping[str, Any] = {
         "argv": redact(sys.argv),
         "script": script,
-        "name": policy.name,
         "grad": policy.grad,
         "budget": policy.budget,
     }

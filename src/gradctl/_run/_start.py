@@ -76,7 +76,6 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
                 "report": policy.report,
                 "quiet": policy.quiet,
                 "budget": policy.budget,
-                "name": policy.name,
                 "out": str(directory),
             },
         )
