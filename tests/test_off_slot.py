@@ -326,3 +326,11 @@ def nothing_pinned() -> Iterator[None]:
     gc.collect()
     engine = _switch.engine()
     assert not isinstance(engine, _slot.Slots) or not engine._pins
+
+
+def test_what_lay_at_an_address_before_does_not_tell_how_its_page_is_protected_now() -> None:
+    """A page that is closed by mistake takes the process down when its library is unloaded."""
+    word = ctypes.c_size_t()
+    memory = _slot._Memory()
+    memory._spans[:] = [(0, 1 << 64, mmap.PROT_READ)]
+    assert memory.protection_if_not_writable(ctypes.addressof(word)) is None
