@@ -224,6 +224,22 @@ def test_models_that_no_variable_names_are_told_apart_by_class_and_number(book):
     ]
 
 
+def test_a_loop_variable_does_not_name_the_last_model_of_a_list(book):
+    nets = [Net() for _ in range(2)]
+    names = []
+    for net in nets:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        names += book.names_for(optimizer.param_groups[0]["params"]).names
+    assert names[2:] == ["nets.1.net.weight", "nets.1.net.bias"]
+    assert len(set(names)) == 4
+
+
+def test_parameters_that_are_variables_need_no_scan(book, monkeypatch):
+    monkeypatch.delattr(gc, "get_objects")
+    theta, scale = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(1))
+    assert book.names_for([theta, scale]).names == ["theta", "scale"]
+
+
 def test_modules_in_a_plain_list_are_named_by_the_list(book):
     class Hidden(nn.Module):
         def __init__(self) -> None:

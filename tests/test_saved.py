@@ -400,6 +400,7 @@ def test_torch_func_runs_while_lines_are_armed():
     assert watch.gone
     assert not counted.complete
     assert counted.total == before.nbytes
+    assert "stepped aside for torch.func" in counted.notes[0]
     assert _taps.installed() == []
 
 

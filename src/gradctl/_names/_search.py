@@ -153,7 +153,10 @@ class _Request:
         if self.missing():
             candidates += self._look().modules
             self._read(candidates, registered=False)
-        if any(is_parameter(self._wanted[key]) for key in self.missing()) and self._memory.may_scan():
+        missing = self.missing()
+        # Parameters that are all variables of the program need no module to be named.
+        bare = all(key in self._look().variables for key in missing) if missing else True
+        if not bare and any(is_parameter(self._wanted[key]) for key in missing) and self._memory.may_scan():
             begin = time.perf_counter()
             candidates += all_modules()
             self._memory.scan_seconds += time.perf_counter() - begin
@@ -233,7 +236,7 @@ class _Request:
     def _choose_prefixes(self, giving: list[Tree], trees: list[Tree]) -> list[str]:
         """Say what stands before the names of each tree, so that no name means two trained parameters."""
         counts = Counter(name for tree in giving for name in {tree.names[key] for key in tree.gives})
-        taken: set[str] = set()
+        taken = {prefix for root, prefix in self._memory.prefixes.values() if root() is not None}
         prefixes: list[str] = []
         for tree in giving:
             prefix = self._memory.prefix_of(tree.root)

@@ -39,7 +39,8 @@ class Surroundings:
 
     Args:
         modules: every module met.
-        labels: label of each module by id; one that is only `self` has none.
+        labels: label of each module by id; one that is only `self` has none. `for net in nets:` leaves `net` behind, so
+            a member of a list goes by the list, unless every member is a variable.
         variables: label of each tensor that is a variable, by id.
         held: label of each tensor that a container or an object holds, by id.
         optimized: ids of the tensors in the parameter groups of the optimizers met.
@@ -61,6 +62,7 @@ def look_around(frame: FrameType | None) -> Surroundings:
     functions: list[dict[str, Any]] = []
     files: list[dict[str, Any]] = []
     cleanups: list[Callable[[], None]] = []
+    listed: dict[str, dict[int, str]] = {}
     try:
         for _ in range(_FRAMES):
             if frame is None:
@@ -72,11 +74,14 @@ def look_around(frame: FrameType | None) -> Surroundings:
                     files.append(frame.f_globals)
             frame = frame.f_back
         main = sys.modules.get("__main__")
-        _walk(look, [*functions, *files, vars(main) if main else {}])
+        listed = _walk(look, [*functions, *files, vars(main) if main else {}])
     finally:
         functions.clear()
         for cleanup in cleanups:
             cleanup()
+    for members in listed.values():
+        if not all("." not in look.labels.get(key, ".") for key in members):
+            look.labels.update(members)
     return look
 
 
@@ -104,7 +109,9 @@ def _asks_for_its_locals(code: CodeType) -> bool:
     return not _READS_ITS_LOCALS.isdisjoint(loads)
 
 
-def _walk(look: Surroundings, spaces: Iterable[dict[str, Any]]) -> None:
+def _walk(look: Surroundings, spaces: Iterable[dict[str, Any]]) -> dict[str, dict[int, str]]:
+    """Fill `look`; return the modules that lists hold, by the label of the list."""
+    listed: dict[str, dict[int, str]] = {}
     queue: deque[tuple[str, Any, int]] = deque()
     for space in spaces:
         queue.extend((name, value, 0) for name, value in list(space.items()) if not name.startswith("__"))
@@ -120,11 +127,13 @@ def _walk(look: Surroundings, spaces: Iterable[dict[str, Any]]) -> None:
             # A tensor may be both a variable and a member: the caller chooses.
             (look.held if depth else look.variables).setdefault(id(value), label)
             continue
+        if Module in kinds and depth and label.rpartition(".")[2].isdigit():
+            listed.setdefault(label.rpartition(".")[0], {}).setdefault(id(value), label)
         if id(value) in visited:
             continue
         visited.add(id(value))
         if not len(visited) % 256 and time.perf_counter() > end:
-            return
+            break
         if Optimizer in kinds:
             groups = own_attributes(value).get("param_groups") or ()
             look.optimized.update(id(param) for group in groups for param in group.get("params", ()))
@@ -136,6 +145,7 @@ def _walk(look: Surroundings, spaces: Iterable[dict[str, Any]]) -> None:
         if depth < _DEPTH:
             path = "" if label == "self" else f"{label}."
             queue.extend((path + name, inner, depth + 1) for name, inner in _members(value))
+    return listed
 
 
 def _members(value: Any) -> list[tuple[str, Any]]:

@@ -69,8 +69,10 @@ class SavedBytes:
     def notes(self) -> tuple[str, ...]:
         """What the figures leave out, one sentence each."""
         found: list[str] = []
-        if not self.complete:
+        if not self.complete and self.nodes:
             found.append(f"the graph was read up to its first {self.nodes} nodes")
+        elif not self.complete:
+            found.append("the hooks stepped aside for torch.func: only what was saved before it is counted")
         if self.packed:
             found.append(f"{self.packed} saved values are recomputed or fetched by hooks of the program, not kept")
         if self.unread:
