@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 import journals
+from gradctl import report
 from gradctl._journal import Run
 from gradctl._verdict import Verdict, judge
 from gradctl._verdict._fixes import FIXES
@@ -600,7 +603,7 @@ EVENTS = st.sampled_from(
 @given(
     changes=st.lists(st.tuples(KINDS, KEYS, ANY), max_size=8), named=st.lists(st.tuples(EVENTS, KEYS, ANY), max_size=4)
 )
-def test_no_journal_can_make_the_judgement_fail(changes: list, named: list) -> None:
+def test_no_journal_can_make_the_judgement_or_its_faces_fail(changes: list, named: list) -> None:
     # a sound journal in which fields hold what they should not
     with tempfile.TemporaryDirectory() as folder:
         directory = journals.hostile(Path(folder), steps=60)
@@ -613,7 +616,10 @@ def test_no_journal_can_make_the_judgement_fail(changes: list, named: list) -> N
         for name, key, value in named:
             lines.append({"k": "event", "e": name, "o": 0, "n": 3, key: value})
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        found = verdict(directory)
+        run = Run.load(directory)
+    found = judge(run)
+    json.dumps(report.summary(run), allow_nan=False, ensure_ascii=False).encode("utf-8")
+    report.draw_terminal(run, console=Console(file=io.StringIO(), width=80))
     assert found.sentence.endswith(".")
     assert len(found.figures) == 8
     assert found.level in ("good", "note", "warning", "error")
