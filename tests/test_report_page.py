@@ -241,6 +241,12 @@ def test_one_outlier_neither_flattens_the_loss_nor_is_hidden(tmp_path: Path) -> 
     assert "up to 1.6e+04, off scale" in page.text()
 
 
+def test_one_outlier_does_not_flatten_a_run_of_few_blocks(tmp_path: Path) -> None:
+    page = one(tmp_path, steps=9, loss=lambda step: 1e36 if step == 5 else 0.6 + 0.01 * step)
+    assert "up to 1e+36, off scale" in page.text()
+    assert "log scale" not in page.text()
+
+
 @pytest.mark.parametrize("level", [1e308, -1e308, -5.0, 0.0, 1e-300])
 def test_losses_of_any_size_and_sign_are_drawn(level: float, tmp_path: Path) -> None:
     page = one(tmp_path, loss=lambda step: level * (1 if step % 2 else 0.5))

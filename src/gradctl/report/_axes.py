@@ -100,7 +100,10 @@ def fit(values: Iterable[float], start: float, end: float, *, keep: Sequence[flo
     ordered = sorted(min(max(v, -HUGE), HUGE) for v in values if not math.isnan(v))
     if not ordered:
         return Scale(0.0, 1.0, start, end), False, False
-    low, high = quantile(ordered, 0.005), quantile(ordered, 0.98)
+    beside = (
+        max(2, len(ordered) // 50) if len(ordered) >= 8 else 0
+    )  # a stretch gives two values, and one may be an outlier
+    low, high = ordered[beside], ordered[-1 - beside]
     inside = [v for v in keep if math.isfinite(v) and abs(v) <= HUGE]
     if inside:
         low, high = min(low, *inside), max(high, *inside)
@@ -119,11 +122,6 @@ def _spread(low: float, high: float, lowest: float, highest: float, *, edge: flo
     low, high = (lowest if lowest >= low - near else low), (highest if highest <= high + near else high)
     room = edge * (high - low) or abs(high) * 0.1 or 0.5
     return low - room, high + room
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """Return the value at `share` (0 to 1) of values that are sorted and not empty."""
-    return ordered[min(len(ordered) - 1, max(0, round(share * (len(ordered) - 1))))]
 
 
 def short(value: float | None) -> str:
