@@ -8,6 +8,7 @@ import gc
 import io
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -261,6 +262,25 @@ def test_start_and_remove_do_nothing_the_second_time() -> None:
     assert not records()
     in_thread(switch.remove)
     assert records()
+
+
+def test_of_two_threads_that_start_one_switch_one_does() -> None:
+    switch = gradctl.off()
+    meet = threading.Barrier(4)
+
+    def start() -> None:
+        meet.wait(30)
+        switch.start()
+
+    for _ in range(20):
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not records()
+        switch.remove()
+        assert records()
 
 
 def test_a_negative_wait_is_refused() -> None:

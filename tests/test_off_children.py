@@ -154,6 +154,7 @@ def test_the_folder_is_put_in_front_of_the_path_once() -> None:
     once = _children.environment({"PYTHONPATH": "a"})
     assert once["PYTHONPATH"].split(os.pathsep)[1:] == ["a"]
     assert _children.environment(once) == once
+    assert _children.environment({b"PYTHONPATH": b"a"}) == once
     assert _children.environment({})["PYTHONPATH"] == once["PYTHONPATH"].split(os.pathsep)[0]
 
 

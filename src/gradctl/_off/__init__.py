@@ -87,7 +87,7 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
         self._strict = bool(strict)
         self._drain_seconds = float(drain_seconds)
         self._holds: list[None] = []  # its append and pop are atomic: it may be entered and left in any thread
-        self._started: list[None] = []
+        self._started: dict[str, object] = {}  # so is its setdefault: of two threads that start it, one does
 
     def __enter__(self) -> off:
         self._enter()
@@ -111,16 +111,15 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
         """
         if not self._started:
             _the_switch().start(strict=self._strict, drain_seconds=self._drain_seconds)
-            self._started.append(None)
+            mine = object()
+            if self._started.setdefault("hold", mine) is not mine:
+                self._leave()
         return self
 
     def remove(self) -> None:
         """Take `start` back; does nothing if this switch is not started."""
-        try:
-            self._started.pop()
-        except IndexError:
-            return
-        self._leave()
+        if self._started.pop("hold", None) is not None:
+            self._leave()
 
     def __call__(self, function: F) -> F:
         """Decorate a function, generator, coroutine or asynchronous generator."""

@@ -13,7 +13,7 @@ PYTHONPATH (`python -I`, `-E`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,9 @@ def subscribe() -> list[_taps.Handle]:
     ]
 
 
-def environment(inherited: dict[str, str]) -> dict[str, str]:
-    """Return the environment of a child that starts with gradients off."""
+def environment(inherited: Mapping[Any, Any]) -> dict[str, str]:
+    """Return the environment of a child that starts with gradients off; names and values may be bytes."""
+    inherited = {os.fsdecode(name): os.fsdecode(value) for name, value in inherited.items()}
     before = inherited.get("PYTHONPATH")
     site = str(_SITE)
     if before is None:
@@ -77,7 +78,7 @@ def _popen(inner: Callable[..., Any]) -> Callable[..., Any]:
         if not _state.is_shut:
             return inner(*args, **kwargs)
         given = args[position] if len(args) > position else kwargs.get("env")
-        chosen = environment({**(os.environ if given is None else given)})
+        chosen = environment(os.environ if given is None else given)
         if len(args) > position:
             args = (*args[:position], chosen, *args[position + 1 :])
         else:

@@ -14,8 +14,8 @@ from gradctl._off import _site
 is_shut = False
 """Whether no thread records a graph now."""
 
-closing = 0
-"""How many threads are about to switch off and wait for backwards that are running."""
+closing: dict[object, None] = {}
+"""Those who are about to switch off and wait for backwards that are running; each takes its own entry out again."""
 
 strict = 0
 """How many of those that switched off asked for `strict`."""

@@ -99,12 +99,12 @@ def enter(*, strict: bool, drain_seconds: float) -> None:
     site = _site.find()
     with _lock:
         _install()
-        _state.closing += 1  # from here on no new backward begins in another thread
+    me = object()
     try:
+        _state.closing[me] = None  # from here on no new backward begins in another thread
         turned = _when_nothing_runs(lambda: _take_hold(site, strict), drain_seconds)
     finally:
-        with _lock:
-            _state.closing = max(0, _state.closing - 1)
+        _state.closing.pop(me, None)
     if turned:
         _record(site, "off")
     if _announcements:
@@ -346,7 +346,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     # The other threads do not exist here. What they held stays held: a child starts as its parent is, off.
     _backwards.forget(keep=threading.get_ident())
-    _state.closing = 0
+    _state.closing.clear()
     _lock.release()
 
 
