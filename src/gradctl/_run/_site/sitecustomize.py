@@ -28,6 +28,7 @@ _OURS = _says("site", _quoted(_HERE))
 _PATHS = []  # sys.path as it was before the script began
 _NOTED = []  # why this process cannot be recorded
 _MAIN = _OURS and _says("main_pid", os.getpid())
+_WHO = "the program" if _MAIN else "a Python child"
 
 
 class _WaitForTorch(object):  # noqa: UP004  (an old interpreter needs it)
@@ -68,7 +69,7 @@ class _WaitForTorch(object):  # noqa: UP004  (an old interpreter needs it)
         try:
             loader.exec_module = exec_module
         except (AttributeError, TypeError):
-            _not_seen("this program", "torch is loaded by %s, which cannot be followed" % type(loader).__name__)
+            _not_seen(_WHO, "torch is loaded by %s, which cannot be followed" % type(loader).__name__)
 
 
 def _attach():
@@ -88,7 +89,7 @@ def _attach():
             finally:
                 sys.path.remove(os.path.dirname(package))
         elif os.path.realpath(spec.origin or "") != os.path.realpath(os.path.join(package, "__init__.py")):
-            _not_seen("process %d" % os.getpid(), "it finds another gradctl: %s" % spec.origin)
+            _not_seen(_WHO, "it finds another gradctl: %s" % spec.origin)
             return
         else:
             from gradctl._run import _attach
@@ -96,7 +97,7 @@ def _attach():
     except KeyboardInterrupt:
         raise  # it was meant for the program
     except BaseException as fault:
-        _not_seen("process %d" % os.getpid(), "gradctl could not listen: %s: %s" % (type(fault).__name__, fault))
+        _not_seen(_WHO, "gradctl could not listen: %s: %s" % (type(fault).__name__, fault))
 
 
 def _not_seen(what, why):
@@ -199,7 +200,7 @@ def _start():
     if not _OURS:
         return
     if not _says("python", '"%d.%d"' % sys.version_info[:2]):
-        _not_seen("process %d" % os.getpid(), "it is Python %d.%d" % sys.version_info[:2])
+        _not_seen(_WHO, "it is Python %d.%d, another than that of the program" % sys.version_info[:2])
         return
     if _MAIN:
         import atexit
@@ -215,7 +216,7 @@ def _start():
 try:
     _start()
 except BaseException as fault:
-    _not_seen("process %d" % os.getpid(), "gradctl could not start: %s: %s" % (type(fault).__name__, fault))
+    _not_seen(_WHO, "gradctl could not start: %s: %s" % (type(fault).__name__, fault))
 
 # Give way to the sitecustomize that is hidden by this one; if there is none, or it is broken, `site` reports that as if
 # this file did not exist.
