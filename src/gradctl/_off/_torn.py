@@ -42,6 +42,7 @@ from gradctl._off import _site, _state
 
 _FIX = "zero_grad() and repeat the step; turn the switch between steps of other threads, not during their forwards"
 _HABIT_STEPS = 16
+_MOST_BACKWARDS = 64
 _OTHER_STEPS = 8  # of other networks, after which a module's mark is given up
 _CALL = getattr(private.find("module_call"), "__code__", None)
 
@@ -53,7 +54,19 @@ class TornStepWarning(UserWarning):
 class _Mark:
     """What is known of a thread since the last turn of the switch that may have cut its step."""
 
-    __slots__ = ("first", "later", "missing", "module", "near", "reached", "site", "steps", "strict", "thread")
+    __slots__ = (
+        "backwards",
+        "first",
+        "later",
+        "missing",
+        "module",
+        "near",
+        "reached",
+        "site",
+        "steps",
+        "strict",
+        "thread",
+    )
 
     def __init__(self, thread: Any, site: _site.Site, module: Any, *, near: bool, strict: bool) -> None:
         self.thread: Callable[[], Any] | None = None if thread is None else weakref.ref(thread)
@@ -62,6 +75,7 @@ class _Mark:
         self.near = near
         self.strict = strict
         self.steps = 0  # judged since, of other networks
+        self.backwards = 0  # noted since
         self.forget_backwards()
 
     def forget_backwards(self) -> None:
@@ -180,8 +194,11 @@ def _mark(ident: int, frame: FrameType | None, thread: Any) -> None:
     near = inner is not None and _kind(inner.f_code.co_filename) == "program"
     module = None if outermost is None else outermost.f_locals.get("self")
     known = _marks.get(ident)
-    if module is None and not _state.is_shut and known is not None and known.module is not None and known.is_of(thread):
-        return  # its forward was cut when gradients went off; they are on again before it came to its backward
+    if known is not None and known.is_of(thread):
+        if known.reached is not None:
+            return  # it has come past its backward: what there is to judge is known already
+        if module is None and known.module is not None and not _state.is_shut:
+            return  # its forward was cut when gradients went off; they are on again before it came to its backward
     site = (
         _site.NOWHERE if inner is None else _site.Site(inner.f_code.co_filename, inner.f_lineno, inner.f_code.co_name)
     )
@@ -214,6 +231,8 @@ def _watch_backward(run: Callable[..., Any]) -> Callable[..., Any]:
         before = _gradients(mark.root())
         result = run(outputs, *args, **kwargs)
         _note_backward(mark, reached, before)
+        if mark.backwards > _MOST_BACKWARDS:
+            _marks.pop(me, None)  # no optimizer step comes: a program that updates by hand
         return result
 
     return run_backward
@@ -221,6 +240,7 @@ def _watch_backward(run: Callable[..., Any]) -> Callable[..., Any]:
 
 def _note_backward(mark: _Mark, reached: set[int], before: dict[int, tuple[int, int]]) -> None:
     """Note what one backward reached, by its graph and by what it did to the gradients."""
+    mark.backwards += 1
     after = _gradients(mark.root())
     touched = reached | {key for key in before if after.get(key) != before[key]}
     mark.reached = touched if mark.reached is None else mark.reached | touched
@@ -328,7 +348,7 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _judge(optimizer: Any) -> None:
     """Look at every marked step that this optimizer step is about to apply; learn from one that nothing has cut."""
     torn: list[tuple[int, _Mark, int, int]] = []
-    clean = True
+    clean = threading.get_ident() not in _marks
     if any(mark.reached is not None for mark in list(_marks.values())):
         parameters = [p for p in _parameters(optimizer) if p.requires_grad]
         mine = {id(p) for p in parameters}
