@@ -104,6 +104,13 @@ def test_several_ranks_are_rows_and_the_late_one_is_marked(tmp_path: Path) -> No
     assert "2 ranks" in text
 
 
+def test_ranks_of_other_machines_are_counted_as_missing_here(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        run = journals.header(rank=rank, world_size=8)
+        journals.write(tmp_path, [Trainer(["a.w"], [[2, 2]], 3)], run=run, name=f"journal.rank{rank}.jsonl")
+    assert "2 of 8 ranks" in drawn(tmp_path)
+
+
 def test_many_ranks_are_cut_with_a_count(tmp_path: Path) -> None:
     for rank in range(40):
         run = journals.header(rank=rank, world_size=40)

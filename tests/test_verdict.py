@@ -130,6 +130,13 @@ def test_frozen_parameters_are_not_missed(tmp_path: Path) -> None:
     assert figure(found, "parameters reached") == "12 / 12"
 
 
+def test_reach_is_not_praised_beyond_what_was_measured(tmp_path: Path) -> None:
+    one = trainer(2, norms=lambda n: [None if i < 12 else 0.1 for i in range(52)])
+    found = verdict(journals.write(tmp_path, [one]))
+    assert found.sentence == "Gradients reach 40 of 52 parameters in the 2 steps that were seen."
+    assert found.findings == ()
+
+
 def test_a_flat_loss_is_a_note_and_no_more(tmp_path: Path) -> None:
     found = verdict(journals.write(tmp_path, [trainer(400, loss=flat(2.303, noise=0.002))]))
     assert finding(found, "loss-flat").severity == "note"
@@ -459,6 +466,13 @@ def test_a_rank_that_was_killed_is_named(tmp_path: Path) -> None:
         run = header(rank=rank, world_size=2)
         journals.write(tmp_path, [trainer(100)], run=run, name=f"journal.rank{rank}.jsonl", goodbye_missing=rank == 1)
     assert verdict(tmp_path).sentence == "Rank 1 stopped without saying goodbye."
+
+
+def test_a_rank_that_is_only_slower_to_end_is_not_called_dead(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        run = header(rank=rank, world_size=2, pid=os.getpid(), host=socket.gethostname(), started=time.time())
+        journals.write(tmp_path, [trainer(100)], run=run, name=f"journal.rank{rank}.jsonl", goodbye_missing=rank == 1)
+    assert verdict(tmp_path).sentence == "Gradients reach every parameter and the loss falls."
 
 
 # --- the recorder and its file ---------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gradctl._results import Finding
-from gradctl._verdict._facts import Facts
+from gradctl._verdict._facts import Facts, is_alive
 from gradctl._verdict._statement import Level
 from gradctl._verdict._training import Training, short_name
 from gradctl._verdict._whole import missed
@@ -95,7 +95,12 @@ def _well(facts: Facts, findings: tuple[Finding, ...]) -> str:
     slugs = {f.slug for f in findings}
     if not any(r is not None for r in reached):
         return f"{count(steps, 'step')} {'was' if steps == 1 else 'were'} recorded; gradients were not measured"
-    body = "Gradients reach every parameter"
+    known = [t for t in facts.trainings if t.reached is not None]
+    reach, expected = sum(t.reached or 0 for t in known), sum(t.expected for t in known)
+    # no event tells the missing ones from frozen ones when a run stops in its first steps: no accusation, no praise
+    body = (
+        f"Gradients reach {reach} of {expected} parameters" if reach < expected else "Gradients reach every parameter"
+    )
     if steps < 5:
         return f"{body} in the {'one step that was' if steps == 1 else f'{steps} steps that were'} seen"
     trend = facts.trend
@@ -127,11 +132,12 @@ def _ending(facts: Facts) -> tuple[str, Level]:
         return f"{who} raised {name}{where}{after}", "error"
     if failure is not None and failure.type == "KeyboardInterrupt":
         return f"it was interrupted by hand{after}", "note"
-    silent = [j for j in facts.ranks if j.end is None]
+    silent = [j for j in facts.ranks if j.end is None and not (j.run and is_alive(j.run))]
     if facts.end is None and facts.process is not None:
         return f"the script stopped{_at(facts)} without saying goodbye", "warning"
     if silent and facts.several:
-        ranks = ", ".join(str(j.rank) for j in silent[:8])
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        ranks = ", ".join(str(j.rank) for j in silent[:8]) + more
         return f"rank{'s' if len(silent) > 1 else ''} {ranks} stopped without saying goodbye", "warning"
     code = facts.end.code if facts.end else None
     if code:

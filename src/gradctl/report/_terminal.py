@@ -135,7 +135,9 @@ def meta(facts: Facts) -> str:
     parts.append(f"torch {record.torch}" if record.torch else "")
     if record.device and record.device != "cpu":
         parts.append(record.device)
-    parts.append(count(max(len(facts.ranks), 1), "rank"))
+    world = max((j.run.world_size for j in facts.ranks if j.run), default=1)
+    seen = max(len(facts.ranks), 1)
+    parts.append(f"{seen} of {world} ranks" if world > seen else count(seen, "rank"))
     trained = sum(1 for j in facts.run.children if j not in facts.ranks)
     if trained:
         parts.append(count(trained, "child process", "child processes"))
