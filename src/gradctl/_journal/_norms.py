@@ -25,7 +25,7 @@ def encode_norms(norms: Sequence[float | None]) -> list[int | str | None] | str:
 def decode_norms(codes: Any) -> tuple[float | None, ...]:
     """Decode what `encode_norms` wrote: None, 0.0, nan or a positive float."""
     if isinstance(codes, str):
-        return tuple(_unpack(byte) for byte in base64.b64decode(codes, validate=True))
+        return tuple(_UNPACKED[byte] for byte in base64.b64decode(codes, validate=True))
     return tuple(_decode(code) for code in codes)
 
 
@@ -64,3 +64,6 @@ def _unpack(byte: int) -> float | None:
     if byte == 1:
         return 0.0
     return math.nan if byte == 255 else 10.0 ** ((byte - 2) / 20 - 8)
+
+
+_UNPACKED = tuple(_unpack(byte) for byte in range(256))
