@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -33,6 +34,15 @@ def test_every_public_name_resolves_and_is_kept() -> None:
         assert getattr(gradctl, name) is getattr(gradctl, name)
         if name in ERRORS:
             assert issubclass(getattr(gradctl, name), gradctl.GradctlError)
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS))
+def test_an_error_is_shown_by_the_path_by_which_it_is_imported_and_survives_pickling(name: str) -> None:
+    kind = getattr(gradctl, name)
+    assert (kind.__module__, kind.__qualname__) == ("gradctl", name)
+    error = pickle.loads(pickle.dumps(kind("headline", what="a", why="b", fix="c")))
+    assert type(error) is kind
+    assert str(error) == "headline\n  what  a\n  why   b\n  fix   c"
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:

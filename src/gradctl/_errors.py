@@ -1,14 +1,14 @@
 """The error tree.
 
-    GradctlError (RuntimeError)          everything that gradctl raises on purpose
-      BackwardRefused                    a gradient was asked for while gradients are switched off
-      SwitchFailed                       the process-wide switch could not be turned
-      TornStep                           a step's forward overlapped a turn of the switch (strict mode)
-      NonFiniteGradient                  a NaN or inf gradient, stopped before the update (on request)
-      UsageError (also ValueError)       the caller's mistake; the command line exits with 2
-        UnknownPolicyKey                 a key of the policy file that gradctl does not know
-        RunDirectoryError                a run directory that cannot be made, or holds no run
-        BadJournal                       a file that is not a journal
+GradctlError (RuntimeError)          everything that gradctl raises on purpose
+  BackwardRefused                    a gradient was asked for while gradients are switched off
+  SwitchFailed                       the process-wide switch could not be turned
+  TornStep                           a step's forward overlapped a turn of the switch (strict mode)
+  NonFiniteGradient                  a NaN or inf gradient, stopped before the update (on request)
+  UsageError (also ValueError)       the caller's mistake; the command line exits with 2
+    UnknownPolicyKey                 a key of the policy file that gradctl does not know
+    RunDirectoryError                a run directory that cannot be made, or holds no run
+    BadJournal                       a file that is not a journal
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ class GradctlError(RuntimeError):
         self.what = what
         self.why = why
         self.fix = fix
+
+    # Tracebacks and reports show the path by which a person imports it; the same for every class of this module.
+    __module__ = "gradctl"
+
+    def __init_subclass__(cls) -> None:
+        if cls.__module__ == __name__:
+            cls.__module__ = "gradctl"
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.headline, self.what, self.why, self.fix)
