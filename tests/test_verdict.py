@@ -296,10 +296,18 @@ def test_a_data_loader_that_is_waited_for_is_told(tmp_path: Path, waiting: float
 
 
 def test_accumulation_is_observed(tmp_path: Path) -> None:
-    events = [event("accumulation", 3.0, o=0, n=3, microbatches=4, since=1)]
+    events = [event("accumulation", 3.0, o=0, n=1, microbatches=4)]
     found = verdict(journals.write(tmp_path, [trainer(microbatches=4)], events=events))
     assert finding(found, "accumulation").symptom == "Each step adds up 4 backward passes"
     assert next(f.detail for f in found.figures if f.label == "steps") == "4 backwards each"
+
+
+def test_a_parameter_whose_last_word_is_that_it_was_reached_is_not_accused(tmp_path: Path) -> None:
+    events = [
+        event("none", 2.0, o=0, n=3, params=["elsewhere.weight"], count=1),
+        event("none", 60.0, o=0, n=200, params=[], count=0),
+    ]
+    assert slugs(verdict(journals.write(tmp_path, [trainer()], events=events))) == []
 
 
 # --- how it ended ----------------------------------------------------------------------------------------------------

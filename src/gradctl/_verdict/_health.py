@@ -359,7 +359,7 @@ def accumulation(facts: Facts, training: Training) -> Iterator[Finding]:
         return  # LBFGS calls its closure several times a step and adds nothing up
     each = whole(told[-1].data.get("microbatches"), 0)
     if each > 1:
-        since = whole(told[-1].data.get("since"), 1)
+        since = told[-1].n or 1
         yield finding(
             "accumulation",
             "note",
