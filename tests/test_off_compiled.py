@@ -18,7 +18,7 @@ from recording import in_thread, leaf, records
 
 settled.compiling()
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     # dynamo's own, when it looks at a tensor that it takes over a graph break
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]

@@ -17,7 +17,7 @@ from recording import in_thread, leaf, records
 
 # torch's own, when it loads the derivatives of forward mode, and when anything is scripted.
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit"),
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),
 ]
 
