@@ -80,6 +80,8 @@ ALL = (
     Program("spawn", children=2, names=("weight", "bias"), slow=True),
     Program("rpc_autograd", children=1, slow=True),
     Program("fsdp2", ranks=2, names=("0.weight", "0.bias", "1.up.weight", "1.up.bias"), slow=True),
+    Program("pipeline", ranks=2, names=("0.weight", "0.bias"), slow=True),
+    Program("zero_redundancy", ranks=2, names=("0.weight", "0.bias", "2.weight", "2.bias"), slow=True),
     Program("exit_three", names=("weight", "bias"), slow=True),
     Program("uncaught", names=("weight", "bias"), slow=True),
 )
