@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -49,18 +48,15 @@ def launch(
     cwd: Path,
     *,
     env: Mapping[str, str] | None = None,
-    stdin: str | None = None,
+    stdin: str = "",
     **options: Any,
 ) -> Outcome:
-    """Run a command to its end.
-
-    A reader of stdin gets the end of file at once, unless `stdin` is given.
-    """
+    """Run a command to its end, with `stdin` as its input."""
     done = subprocess.run(
         [os.fspath(word) for word in command],
         cwd=cwd,
         env=dict(env) if env is not None else environment(),
-        input=stdin if stdin is not None else "",
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=110,
@@ -89,8 +85,3 @@ def run_directory(cwd: Path) -> Path:
 def journal_lines(path: Path) -> list[dict[str, Any]]:
     """Every line of a journal, each of which must parse."""
     return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def signal_name(code: int) -> str:
-    """The name of the signal behind a negative exit code."""
-    return signal.Signals(-code).name if code < 0 else str(code)
