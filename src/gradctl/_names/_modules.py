@@ -48,32 +48,37 @@ def is_parameter(tensor: Tensor) -> bool:
     return Parameter in type(tensor).__mro__ or own_attributes(tensor).get("_is_param") is True
 
 
-def outermost(candidates: list[Module], missing: set[int]) -> list[Module]:
-    """Return the modules that no other candidate holds, and one of each ring of modules that hold each other.
+def outermost(candidates: list[Module], missing: set[int]) -> tuple[list[Module], list[Module]]:
+    """Return the outermost modules: those above a parameter that is looked for, and the others.
 
     Args:
         candidates: distinct modules.
-        missing: ids of the parameters that are looked for; only rings that hold one of them are entered.
+        missing: ids of the parameters that are looked for.
     """
-    parents: dict[int, Module] = {}
+    parents: dict[int, list[Module]] = {}
     for module in candidates:
         for _, child in _children(module):
-            parents.setdefault(id(child), module)
-    roots = [module for module in candidates if id(module) not in parents]
-    if len(roots) == len(candidates):
-        return roots
-    seen = {id(root) for root in roots}
-    for module in candidates:
-        if missing.isdisjoint(id(param) for _, param in _own_parameters(module)):
-            continue
-        top, climbed = module, {id(module)}
-        while (above := parents.get(id(top))) is not None and id(above) not in climbed:
-            climbed.add(id(above))
-            top = above
-        if id(top) in parents and id(top) not in seen:
-            seen.add(id(top))
-            roots.append(top)
-    return roots
+            parents.setdefault(id(child), []).append(module)
+    holders = [m for m in candidates if not missing.isdisjoint(id(param) for _, param in _own_parameters(m))]
+    above: dict[int, Module] = {}
+    stack = list(holders)
+    while stack:
+        module = stack.pop()
+        if id(module) not in above:
+            above[id(module)] = module
+            stack.extend(parents.get(id(module), ()))
+    holding = [module for key, module in above.items() if key not in parents]
+    below = {id(module) for root in holding for _, module in modules_of(root)}
+    for module in holders:
+        if id(module) not in below:
+            # Modules that hold each other have no outermost one: the one that closes the ring stands for it.
+            top, climbed = module, {id(module)}
+            while id(parents[id(top)][0]) not in climbed:
+                top = parents[id(top)][0]
+                climbed.add(id(top))
+            holding.append(top)
+            below.update(id(inner) for _, inner in modules_of(top))
+    return holding, [m for m in candidates if id(m) not in parents and id(m) not in above]
 
 
 def tree_of(root: Module, *, registered: bool) -> Tree:

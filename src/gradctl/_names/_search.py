@@ -20,6 +20,7 @@ How = Literal["registration", "scan", "none"]
 
 _SHARE = 0.01
 _FIRST_LOOKS = 8
+_RIVALS = 64
 
 
 @dataclass(slots=True)
@@ -204,7 +205,10 @@ class _Request:
         """Name what is missing from the outermost of `candidates`: the best covered first, then the smallest."""
         missing = set(self.missing())
         trees: list[Tree] = []
-        for root in outermost(list({id(module): module for module in candidates}.values()), missing):
+        holding, others = outermost(list({id(module): module for module in candidates}.values()), missing)
+        # The others only tell whether a name is taken: those that gave names first, and not all of a large population.
+        others.sort(key=lambda root: self._memory.prefix_of(root) is None)
+        for root in holding + others[:_RIVALS]:
             try:
                 trees.append(tree_of(root, registered=registered))
             except Exception as fault:
