@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 
 import torch._dynamo.eval_frame
@@ -18,4 +19,5 @@ def compiling() -> None:
 def processes() -> None:
     """Begin what the first child process and the first data loader begin."""
     multiprocessing.resource_tracker.ensure_running()
+    multiprocessing.forkserver.ensure_running()
     signals._set_SIGCHLD_handler()
