@@ -9,6 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 TESTS ?= tests
+# Tests switch gradients off for their whole process, so they run beside each other in processes, never in threads.
+WORKERS ?= 2
 
 .PHONY: help run test test-all check format bench docs clean
 
@@ -23,10 +25,10 @@ test: $(VENV)/.test  ## Run the fast tests, browser tests included (needs Debian
 	  echo "make test: the report is tested in a browser, and chromium was not found."; \
 	  echo "           Install it (Debian: apt-get install chromium), or run all other tests: $(BIN)/pytest -m 'not slow and not browser'"; \
 	  exit 1; }
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS) $(TESTS)
 
 test-all: $(VENV)/.test  ## Run every test, the slow ones too
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
 
 check: $(VENV)/.check  ## Check format, lint, types, layers and spelling; changes nothing
 	$(BIN)/ruff format --check .
