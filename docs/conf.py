@@ -6,7 +6,7 @@ import gradctl
 
 project = "gradctl"
 author = "The gradctl authors"
-copyright = f"2026, {author}"  # noqa: A001
+copyright = f"2026, {author}"
 version = release = gradctl.__version__
 extensions = ["myst_parser"]
 myst_heading_anchors = 3
