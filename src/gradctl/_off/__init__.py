@@ -109,8 +109,11 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
         Returns:
             This switch.
         """
+        return self._start(None)
+
+    def _start(self, by: str | None) -> off:
         if not self._started:
-            _the_switch().start(strict=self._strict, drain_seconds=self._drain_seconds)
+            _the_switch().start(strict=self._strict, drain_seconds=self._drain_seconds, by=by)
             mine = object()
             if self._started.setdefault("hold", mine) is not mine:
                 self._leave()
@@ -168,15 +171,18 @@ def engine_report() -> EngineReport:
 _from_environment: list[off] = []
 
 
-def start_from_environment() -> off:
+def start_from_environment(by: str = "the process that started this one") -> off:
     """Switch off for the life of this process, because its parent said so; a second call does nothing.
+
+    Args:
+        by: who that was, for the message of a refusal: "switched off at ...".
 
     Returns:
         The switch that holds gradients off.
     """
     if not _from_environment:
         _from_environment.append(off())
-    return _from_environment[0].start()
+    return _from_environment[0]._start(by)
 
 
 def uninstall() -> None:

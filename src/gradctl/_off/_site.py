@@ -20,7 +20,7 @@ class Site(NamedTuple):
     Args:
         file: as the code object names it.
         line: from 1; 0 where there is no Python frame.
-        function: name of the function.
+        function: name of the function, or without a frame who it was.
     """
 
     file: str
@@ -29,16 +29,16 @@ class Site(NamedTuple):
 
     def __str__(self) -> str:
         if not self.line:
-            return "<no Python frame>"
+            return self.place()
         text = linecache.getline(self.file, self.line).strip()
         return f"{self.place()} in {self.function}" + (f": {text}" if text else "")
 
     def place(self) -> str:
         """Return `file:line`, the file relative to the working directory where it lies below it."""
-        return f"{_shown(self.file)}:{self.line}" if self.line else "<no Python frame>"
+        return f"{_shown(self.file)}:{self.line}" if self.line else self.function
 
 
-NOWHERE = Site("", 0, "")
+NOWHERE = Site("", 0, "<no Python frame>")
 
 
 def find() -> Site:

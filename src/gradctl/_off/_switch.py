@@ -85,18 +85,19 @@ class _Installed:
             _announcements.append(f"gradctl.off does not reach a library that was just loaded: {reason}")
 
 
-def enter(*, strict: bool, drain_seconds: float) -> None:
+def enter(*, strict: bool, drain_seconds: float, by: str | None = None) -> None:
     """Take hold of the switch: when this returns, no thread records a graph.
 
     Args:
         strict: refuse asking for a gradient too.
         drain_seconds: how long to wait for backwards that are running in other threads.
+        by: who asks, where that is not a line of the program.
 
     Raises:
         SwitchFailed: one did not end in that time, or no engine works here; nothing is changed.
     """
     _compiled.skip_us()
-    site = _site.find()
+    site = _site.find() if by is None else _site.Site("", 0, by)
     with _lock:
         _install()
     me = object()
@@ -115,7 +116,7 @@ def enter(*, strict: bool, drain_seconds: float) -> None:
             raise
 
 
-def start(*, strict: bool, drain_seconds: float) -> None:
+def start(*, strict: bool, drain_seconds: float, by: str | None = None) -> None:
     """Take hold of the switch for longer than the caller's block.
 
     Raises:
@@ -128,7 +129,7 @@ def start(*, strict: bool, drain_seconds: float) -> None:
             why="the rest of that backward would lose its gradients",
             fix="start before or after the backward, or use `with gradctl.off():` inside the hook",
         )
-    enter(strict=strict, drain_seconds=drain_seconds)
+    enter(strict=strict, drain_seconds=drain_seconds, by=by)
 
 
 def leave(*, strict: bool) -> None:

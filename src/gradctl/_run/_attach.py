@@ -51,7 +51,7 @@ class Listening:
         if self.settings["grad"] == "off":
             from gradctl._off import start_from_environment
 
-            start_from_environment()
+            start_from_environment("the command line: gradctl run --grad off")
         _journal.set_current(self.journal)
         # Registered while torch is being imported: the script's own handlers, which come later, run before it.
         atexit.register(self._at_exit)
