@@ -295,7 +295,7 @@ def test_modules_that_hold_each_other_are_still_named(book):
     assert names in (["net.weight", "net.bias"], ["child.net.weight", "child.net.bias"])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 def test_a_scripted_model_is_named(book):
     model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1)))
     assert book.names_for(list(model.parameters())).names == expected(model)
