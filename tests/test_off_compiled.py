@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import gradctl
 import settled
+from gradctl import _off
 from gradctl._off import _compiled
 from recording import in_thread, leaf, records
 
@@ -118,21 +120,56 @@ def test_a_decorated_function_may_be_called_from_a_compiled_one() -> None:
         assert torch.equal(model.bias.grad, torch.full((2,), 4.0))  # type: ignore[arg-type]
 
 
-def test_the_stance_of_the_program_is_put_back_and_a_copy_of_ours_says_what_was_there() -> None:
+def test_the_stance_of_the_program_is_never_touched_and_a_stricter_one_still_holds() -> None:
     from torch._dynamo import eval_frame
 
-    before = eval_frame._stance
+    before, decide = eval_frame._stance, eval_frame._callback_from_stance
+    compiled = object()
     with gradctl.off():
-        ours = eval_frame._stance
-        assert ours.stance == "eager_on_recompile"
+        assert eval_frame._stance is before
+        assert eval_frame._callback_from_stance(compiled) is False
         with torch.compiler.set_stance("force_eager"), gradctl.off():
-            assert eval_frame._stance.stance == "force_eager"
+            assert eval_frame._callback_from_stance(compiled) is None
     assert eval_frame._stance is before
-    assert ours.stance == before.stance == "default"
-    with torch.compiler.set_stance("fail_on_recompile"):
-        with gradctl.off():
-            assert eval_frame._stance.stance == "fail_on_recompile"
-        assert eval_frame._stance.stance == "fail_on_recompile"
+    assert eval_frame._callback_from_stance(compiled) is compiled
+    with torch.compiler.set_stance("fail_on_recompile"), gradctl.off():
+        assert callable(eval_frame._callback_from_stance(compiled))
+    _off.uninstall()
+    assert eval_frame._callback_from_stance is decide
+
+
+def test_turning_the_switch_never_breaks_the_calls_of_a_thread_that_dynamo_serves() -> None:
+    # zero_grad asks dynamo for its stance at every call, and dynamo reads it several times over.
+    weight = torch.ones(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    function = _compile(nn.Linear(3, 2), "eager")
+    function(torch.ones(4, 3))
+    faults: list[BaseException] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                optimizer.zero_grad()
+                function(torch.ones(4, 3))
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(300):
+            with gradctl.off():
+                pass
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert faults == []
 
 
 def test_what_is_compiled_inside_in_spite_of_the_stance_is_dropped() -> None:

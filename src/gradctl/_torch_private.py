@@ -304,7 +304,14 @@ NAMES: tuple[PrivateName, ...] = (
         "torch._dynamo.eval_frame:_stance",
         "2.13-2.14",
         "off",
-        "a function compiled while gradients are off is forward-only for ever",
+        "what is compiled while gradients are off is compiled again afterwards",
+    ),
+    PrivateName(
+        "dynamo_callback",
+        "torch._dynamo.eval_frame:_callback_from_stance",
+        "2.13-2.14",
+        "off",
+        "what is compiled while gradients are off is compiled again afterwards",
     ),
     PrivateName(
         "dynamo_lock",

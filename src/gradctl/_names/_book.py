@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.modules import module as module_hooks
 
+from gradctl import _taps
 from gradctl._names._search import Memory, Naming, module_names, search
 
 
@@ -23,7 +22,7 @@ class NameBook:
 
     def __init__(self) -> None:
         self._memory = Memory()
-        self._hooks: list[Any] = []
+        self._handles: list[_taps.Handle] = []
         self._lock = threading.RLock()
 
     @property
@@ -33,19 +32,19 @@ class NameBook:
 
     def start(self) -> None:
         """Listen to the registration of parameters and submodules from now on; a second call does nothing."""
-        if self._hooks:
+        if self._handles:
             return
         # Both are needed: a container holds no parameter, and a model that is one layer holds no submodule.
-        self._hooks = [
-            module_hooks.register_module_parameter_registration_hook(self._remember),
-            module_hooks.register_module_module_registration_hook(self._remember),
+        self._handles = [
+            _taps.parameter_registered.subscribe(self._remember),
+            _taps.module_registered.subscribe(self._remember),
         ]
 
     def stop(self) -> None:
         """Stop listening and forget every module and name."""
-        hooks, self._hooks = self._hooks, []
-        for hook in hooks:
-            hook.remove()
+        handles, self._handles = self._handles, []
+        for handle in handles:
+            handle.remove()
         self._memory.forget()
 
     def names_for(self, params: Sequence[Tensor], *, given: Sequence[str | None] | None = None) -> Naming:

@@ -2,71 +2,68 @@
 
 A function that is compiled while gradients are off is forward-only for ever, because dynamo guards on the thread's grad
 mode, which says "on". So nothing is compiled while gradients are off: what was compiled before runs compiled, all else
-runs eagerly (the stance `eager_on_recompile`). Should something be compiled all the same, the caches are dropped when
-gradients come back. torch would make this unnecessary by guarding on a process-wide flag.
+runs eagerly (as under the stance `eager_on_recompile`). Should something be compiled all the same, the caches are
+dropped when gradients come back. torch would make this unnecessary by guarding on a process-wide flag.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
+from gradctl import _taps
 from gradctl import _torch_private as private
 from gradctl._off import _state
 
-
 _told = False
-
-
-class OffStance:
-    """What dynamo finds in place of its stance while gradients are off; a copy that outlives that says what was before.
-
-    Args:
-        before: the stance that stood there.
-    """
-
-    def __init__(self, before: Any) -> None:
-        self.before = before
-
-    @property
-    def stance(self) -> str:
-        """Return `eager_on_recompile` while gradients are off; a caller's own stance that never compiles stays."""
-        before = str(self.before.stance)
-        return before if not _state.is_shut or before in ("force_eager", "fail_on_recompile") else "eager_on_recompile"
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.before, name)
+_NEVER_COMPILE = ("force_eager", "fail_on_recompile")
 
 
 class Stance:
-    """Dynamo's stance and how many frames it has compiled; dynamo is never imported for it."""
+    """Dynamo's answer to "may this be compiled?", and how many frames it has compiled; dynamo is never imported for it.
+
+    Dynamo keeps its stance in a global that it reads several times in one decision, so it must not be turned under
+    another thread's hands: the decision itself is intercepted, once, and stays so until `remove`.
+    """
 
     def __init__(self) -> None:
-        self._ours: OffStance | None = None
+        self._handle: _taps.Handle | None = None
         self._compiled: int | None = None
 
     def shut(self) -> None:
-        """Put our stance in place if dynamo is loaded; may be repeated."""
+        """Let nothing be compiled from here on; may be repeated."""
         module = _eval_frame()
         if module is None:
             self._compiled = 0  # whatever it compiles from here on, it compiles while gradients are off
             return
-        if self._ours is None or module._stance is not self._ours:
-            before = module._stance
-            self._ours = OffStance(before.before if isinstance(before, OffStance) else before)
+        if self._handle is None and private.find("dynamo_callback") is not None:
+            self._handle = _taps.dynamo_callback.subscribe(functools.partial(_run_only, module), order="veto")
+        if self._compiled is None:
             self._compiled = _num_compiled()
-        module._stance = self._ours
 
     def open(self) -> bool:
-        """Put back what stood there if what stands there is ours; returns whether something was compiled meanwhile."""
-        module, ours, compiled = _eval_frame(), self._ours, self._compiled
-        self._ours, self._compiled = None, None
-        if module is None:
-            return False
-        if ours is not None and module._stance is ours:
-            module._stance = ours.before
+        """Let dynamo decide again; returns whether something was compiled meanwhile."""
+        compiled, self._compiled = self._compiled, None
         return compiled is not None and compiled != _num_compiled()
+
+    def remove(self) -> None:
+        """Take the interception out."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+
+def _run_only(module: Any, decide: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wrap dynamo's decision: while gradients are off, what was compiled before runs and all else runs eagerly."""
+
+    def callback_from_stance(callback: Any) -> Any:
+        if _state.is_shut and module._stance.stance not in _NEVER_COMPILE:
+            return False  # as the stance eager_on_recompile answers
+        return decide(callback)
+
+    return callback_from_stance
 
 
 def lock() -> Any | None:

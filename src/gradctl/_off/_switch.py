@@ -66,6 +66,7 @@ class _Installed:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        self.stance.remove()
         self.engine.remove()
 
     def fall_back(self, reason: EngineFailed) -> None:

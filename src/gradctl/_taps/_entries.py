@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradctl import _torch_private as private
-from gradctl._taps._tap import AttributeTap, EngineTap, Location, ParameterTap, StepTap
+from gradctl._taps._tap import AttributeTap, EngineTap, Location, RegistrationTap, StepTap
 
 
 def _at(*places: str) -> Callable[[], Sequence[Location]]:
@@ -73,7 +73,8 @@ def _if_there(*places: str) -> Callable[[], Sequence[Location]]:
 
 engine = EngineTap(lambda: _at("torch.autograd:Variable._execution_engine")()[0])
 optimizer_step = StepTap()
-parameter_registered = ParameterTap()
+parameter_registered = RegistrationTap("parameter_registered", "register_module_parameter_registration_hook")
+module_registered = RegistrationTap("module_registered", "register_module_module_registration_hook")
 
 optimizer_created = AttributeTap("optimizer_created", _at("torch.optim:Optimizer._patch_step_function"))
 zero_grad = AttributeTap("zero_grad", _at("torch.optim:Optimizer.zero_grad"))
@@ -84,6 +85,7 @@ data_next = AttributeTap("data_next", _at("torch.utils.data.dataloader:_BaseData
 function_apply = AttributeTap("function_apply", _function_apply)
 retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
 compile = AttributeTap("compile", _at("torch:compile"))
+dynamo_callback = AttributeTap("dynamo_callback", _at("torch._dynamo.eval_frame:_callback_from_stance"))
 load_library = AttributeTap("load_library", _at("torch:ops.load_library"))
 jit_save = AttributeTap("jit_save", _at("torch._C:ScriptModule.save", "torch._C:ScriptModule.save_to_buffer"))
 functorch_grad = AttributeTap("functorch_grad", _everywhere("torch._functorch.eager_transforms:grad_increment_nesting"))
@@ -96,17 +98,13 @@ dual_value = AttributeTap(
 functional_grad = AttributeTap("functional_grad", _at("torch.autograd.functional:_autograd_grad"))
 rpc_backward = AttributeTap("rpc_backward", _rpc_backward)
 saved_hooks_disabled = AttributeTap("saved_hooks_disabled", _at("torch._C._autograd:_saved_tensors_hooks_disable"))
-autograd_compiler = AttributeTap(
-    "autograd_compiler", _at("torch._C:_dynamo.compiled_autograd.set_autograd_compiler")
-)
+autograd_compiler = AttributeTap("autograd_compiler", _at("torch._C:_dynamo.compiled_autograd.set_autograd_compiler"))
 requires_grad_call = AttributeTap("requires_grad_call", _at("torch:Tensor.requires_grad_"))
 module_requires_grad = AttributeTap("module_requires_grad", _at("torch.nn:Module.requires_grad_"))
 parameter_made = AttributeTap("parameter_made", _at("torch.nn:Parameter.__new__"))
 inference_left = AttributeTap("inference_left", _at("torch.autograd.grad_mode:inference_mode.__exit__"))
 thread_start = AttributeTap("thread_start", _at("_thread:start_new_thread", "threading:_start_new_thread"))
-extension_import = AttributeTap(
-    "extension_import", _at("importlib.machinery:ExtensionFileLoader.create_module")
-)
+extension_import = AttributeTap("extension_import", _at("importlib.machinery:ExtensionFileLoader.create_module"))
 library_open = AttributeTap("library_open", _at("ctypes:CDLL.__init__"))
 os_exit = AttributeTap("os_exit", _at("os:_exit"))
 process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
@@ -117,6 +115,7 @@ ALL = (
     engine,
     optimizer_step,
     parameter_registered,
+    module_registered,
     optimizer_created,
     zero_grad,
     clip,
@@ -127,6 +126,7 @@ ALL = (
     function_apply,
     retain_grad,
     compile,
+    dynamo_callback,
     load_library,
     jit_save,
     functorch_grad,

@@ -347,31 +347,37 @@ def _step_stub() -> tuple[StepHook, Callable[[StepHook], None]]:
     return stub, rebind
 
 
-class ParameterTap:
-    """Hears every parameter that a module registers, through torch's own global hook."""
+class RegistrationTap:
+    """Hears everything that is registered with a module, through one of torch's own global hooks.
 
-    def __init__(self) -> None:
-        self.name = "parameter_registered"
+    Args:
+        name: what this entry point is called.
+        register: the function of `torch.nn.modules.module` that registers a global hook.
+    """
+
+    def __init__(self, name: str, register: str) -> None:
+        self.name = name
+        self._register = register
         self._listeners: _Subscribers[Callable[[Any, str, Any], None]] = _Subscribers()
         self._hook: Any = None
 
     def subscribe(self, listen: Callable[[Any, str, Any], None]) -> Handle:
-        """Call `listen(module, name, parameter)` for every registration until the handle is removed."""
+        """Call `listen(module, name, what)` for every registration until the handle is removed."""
         with lock:
             entry = self._listeners.add(listen, "record")
             if self._hook is None:
-                from torch.nn.modules.module import register_module_parameter_registration_hook
+                from torch.nn.modules import module
 
-                self._hook = register_module_parameter_registration_hook(self._heard)
+                self._hook = getattr(module, self._register)(self._heard)
             return Handle(lambda: self._unsubscribe(entry))
 
     def is_installed(self) -> bool:
         """Whether our hook is registered with torch."""
         return self._hook is not None
 
-    def _heard(self, module: Any, name: str, parameter: Any) -> None:
+    def _heard(self, module: Any, name: str, what: Any) -> None:
         for listen in self._listeners.items():
-            listen(module, name, parameter)
+            listen(module, name, what)
 
     def _unsubscribe(self, entry: tuple[int, int, Callable[[Any, str, Any], None]]) -> None:
         self._listeners.discard(entry)
