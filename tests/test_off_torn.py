@@ -21,9 +21,8 @@ from torch import nn
 
 import gradctl
 import torn_race
-from gradctl import _journal
+from gradctl import TornStepWarning, _journal
 from gradctl._off import _torn
-from gradctl._off._torn import TornStepWarning
 
 SECONDS = 20
 

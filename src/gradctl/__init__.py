@@ -20,6 +20,7 @@ __all__ = [
     "RunDirectoryError",
     "SwitchFailed",
     "TornStep",
+    "TornStepWarning",
     "UnknownPolicyKey",
     "UsageError",
     "__version__",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         RunDirectoryError,
         SwitchFailed,
         TornStep,
+        TornStepWarning,
         UnknownPolicyKey,
         UsageError,
     )

@@ -9,6 +9,8 @@ GradctlError (RuntimeError)          everything that gradctl raises on purpose
     UnknownPolicyKey                 a key of the policy file that gradctl does not know
     RunDirectoryError                a run directory that cannot be made, or holds no run
     BadJournal                       a file that is not a journal
+
+TornStepWarning (UserWarning) says what TornStep would have raised.
 """
 
 from __future__ import annotations
@@ -80,3 +82,9 @@ class RunDirectoryError(UsageError):
 
 class BadJournal(UsageError):
     """A file that is not a journal."""
+
+
+class TornStepWarning(UserWarning):
+    """A training step's forward overlapped a turn of the switch, so its gradients are partial."""
+
+    __module__ = "gradctl"

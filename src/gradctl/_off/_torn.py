@@ -37,7 +37,7 @@ import torch
 
 from gradctl import _journal, _taps
 from gradctl import _torch_private as private
-from gradctl._errors import TornStep
+from gradctl._errors import TornStep, TornStepWarning
 from gradctl._off import _site, _state
 
 _FIX = "zero_grad() and repeat the step; turn the switch between steps of other threads, not during their forwards"
@@ -45,10 +45,6 @@ _HABIT_STEPS = 16
 _MOST_BACKWARDS = 64
 _OTHER_STEPS = 8  # of other networks, after which a module's mark is given up
 _CALL = getattr(private.find("module_call"), "__code__", None)
-
-
-class TornStepWarning(UserWarning):
-    """A training step's forward overlapped a turn of the switch, so its gradients are partial."""
 
 
 class _Mark:
