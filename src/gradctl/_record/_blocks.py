@@ -20,7 +20,7 @@ DATA, CLIP, BACKWARD, GRAD = -1, -2, -3, -4
 
 FLUSH_STEPS = 2048
 FLUSH_SECONDS = 0.25
-EAGER_STEPS = 16
+EAGER_STEPS = 3
 """So many first steps are drained at once: a program that dies early leaves them."""
 
 

@@ -39,7 +39,7 @@ class Describer:
 
     def describe(self, state: OptimizerState, params: Sequence[Tensor], optimizer: Any = None) -> None:
         """Write what `state` stands for, and fit it to `params`."""
-        begin = self._costs.clock()
+        begin = self._costs.meter()
         groups: list[Any] = optimizer.param_groups if optimizer is not None else []
         given = [name for group in groups for name in group.get("param_names") or [None] * len(group["params"])]
         naming = self._names.names_for(params, given=given if any(given) else None)
@@ -74,7 +74,7 @@ class Describer:
                 frozen=state.frozen,
                 thread=state.thread,
             )
-        self._book(self._costs.clock() - begin)
+        self._book(self._costs.meter() - begin)
 
     def _book(self, seconds: float) -> None:
         self._costs.one_off += seconds

@@ -21,7 +21,7 @@ from gradctl._record._hot import Hot
 from gradctl._record._norms import NormTier, book_norm_cost
 from gradctl._record._quiet import Quiet
 from gradctl._record._rows import RowTier
-from gradctl._record._state import OptimizerState
+from gradctl._record._state import Costs, OptimizerState
 
 DECIDE_AFTER = 3
 DECIDE_AFTER_CREATED = 256
@@ -37,7 +37,7 @@ class Stand:
         hot: Hot,
         stamps: list[Any],
         clock: Callable[[], float],
-        began: float,
+        costs: Costs,
         norms: NormTier,
         rows: RowTier,
         new_state: Callable[[str], OptimizerState],
@@ -48,7 +48,7 @@ class Stand:
         stop: Callable[[OptimizerState, int, Any], BaseException | None],
     ) -> None:
         self.hot, self.stamps, self.clock, self.norms, self.rows = hot, stamps, clock, norms, rows
-        self.began = began
+        self.costs, self.meter = costs, costs.meter
         self.new_state, self.describe, self.optimizers_exist = new_state, describe, optimizers_exist
         self.drain, self.schedule_row, self.stop = drain, schedule_row, stop
 
@@ -72,9 +72,9 @@ class BackwardStream:
         """Complete a row that was begun at the backward before: the update has happened since."""
         state = self.state
         if state is not None and state.row is not None:
-            begin = self._stand.clock()
+            begin = self._stand.meter()
             self._stand.rows.complete(state, self._present(), [], state.row.time)
-            self._stand.schedule_row(state, state.row_cost + self._stand.clock() - begin, begin)
+            self._stand.schedule_row(state, state.row_cost + self._stand.meter() - begin, self._stand.clock())
 
     def after_backward(self, outputs: Any) -> BaseException | None:
         """Take one outermost accumulating backward as a step, once it is decided that these are the steps."""
@@ -155,7 +155,7 @@ class BackwardStream:
         stop = None
         number = state.steps + 1
         if state.steps >= state.next_row or state.steps >= state.next_norm:
-            begin = stand.clock()
+            begin = stand.meter()
             samples = state.steps >= state.next_row
             if samples or not self._lasting:
                 self._look_at_leaves(outputs)
@@ -164,14 +164,16 @@ class BackwardStream:
                 stand.describe(state, params)
             with Quiet():
                 reading = stand.norms.read(state, [param.grad for param in params], number)
-            cost = stand.clock() - begin
+            cost = stand.meter() - begin
             book_norm_cost(state, cost)
+            if not samples:
+                stand.costs.spent += cost
             state.next_norm = state.steps + state.norm_gap
             if samples:
                 stand.rows.sketch_weights(state, params, number)
                 stand.rows.take_gradients(state, reading)
-                state.row.time = begin - stand.began
-                state.row_cost = stand.clock() - begin
+                state.row.time = stand.clock() - stand.costs.began
+                state.row_cost = stand.meter() - begin
                 state.next_row = number  # until it is completed
             stop = stand.stop(state, number, reading)
         now = stand.clock()

@@ -82,15 +82,15 @@ class NormTier:
 
     def measure(self, state: OptimizerState, optimizer: Any, step: int) -> Reading:
         """Take the norms of the gradients that `optimizer` holds now, as those of `step`."""
-        clock = self._costs.clock
-        begin = clock()
+        meter = self._costs.meter
+        begin = meter()
         # Two guards are cheap; modes of the program need them all.
         with _quiet.Quiet() if _quiet.dispatch_modes() else _no_function(), _quiet._inference(True):
             grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
             if len(grads) != state.num:
                 self._bind(state, optimizer)
             reading = self.read(state, grads, step, optimizer)
-        cost = clock() - begin
+        cost = meter() - begin
         book_norm_cost(state, cost)
         self._costs.spent += cost
         state.next_norm = step - 1 + state.norm_gap

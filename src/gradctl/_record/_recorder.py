@@ -286,7 +286,7 @@ class Recorder:
                 hot=self._hot,
                 stamps=self._stamps,
                 clock=self._clock,
-                began=self.costs.began,
+                costs=self.costs,
                 norms=self._norms,
                 rows=self._rows,
                 new_state=lambda kind: self._number_state(
@@ -399,7 +399,7 @@ class Recorder:
     def _drain_now(self, now: float) -> None:
         if is_capturing():
             return
-        begin = self._clock()
+        begin, spent = self.costs.meter(), self.costs.spent
         with self._lock:
             self._rows.write_waiting()
             states = list(self.by_number.values())
@@ -424,7 +424,7 @@ class Recorder:
                     self._events.unoptimized({id(param) for param in self._all_parameters()})
             if self.journal.failed is None and states:
                 self.journal.flush()
-            self.costs.spent += self._clock() - begin
+            self.costs.spent = max(self.costs.spent, spent + self.costs.meter() - begin)
             if enough and self._handles:
                 self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
                 self._stop_listening()

@@ -62,7 +62,7 @@ class SavedOnce:
         """
         if self.done or steps < _AFTER_STEPS:
             return []
-        begin = self._costs.clock()
+        begin = self._costs.meter()
         leaves: list[Tensor] = []
         try:
             if self._step and steps >= self._step and self._watch is None:
@@ -83,7 +83,7 @@ class SavedOnce:
             if not self._lines:
                 self._step = steps + 1
         finally:
-            seconds = self._costs.clock() - begin
+            seconds = self._costs.meter() - begin
             self._costs.one_off += seconds
             self._costs.spent += seconds
         return leaves

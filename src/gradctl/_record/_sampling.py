@@ -60,7 +60,7 @@ class Sampling:
             return None
         if not state.described or len(optimizer.param_groups) != state.num_groups:
             self._bind(state, optimizer)
-        begin, spent = self._costs.clock(), self._costs.spent
+        begin, spent = self._costs.meter(), self._costs.spent
         wants_row = state.steps >= state.next_row and "rows" not in self._faults.off
         if "norms" in self._faults.off:
             state.next_norm = NEVER
@@ -87,7 +87,7 @@ class Sampling:
             # Its backwards are looked at as they end: after the step it would be too late.
             self.closures[threading.get_ident()] = state, optimizer
         if wants_row:
-            state.row_cost = self._costs.clock() - begin - (self._costs.spent - spent)
+            state.row_cost = self._costs.meter() - begin - (self._costs.spent - spent)
         return self.stop_for(state, step, reading)
 
     def inside_closure(self) -> NonFiniteGradient | None:
@@ -120,14 +120,14 @@ class Sampling:
     def after_step(self, state: OptimizerState, optimizer: Any, now: float) -> None:
         """Measure after a step that was sampled or had a closure."""
         state.sampling = False
-        begin, spent = self._costs.clock(), self._costs.spent
+        begin, spent = self._costs.meter(), self._costs.spent
         if state.closure:
             self.closures.pop(threading.get_ident(), None)
             self.measure(state, optimizer, state.steps)
         if state.row is not None:
             try:
                 self._rows.complete(state, parameters_of(optimizer), learning_rates(optimizer), now - self._costs.began)
-                cost = self._costs.clock() - begin - (self._costs.spent - spent)
+                cost = self._costs.meter() - begin - (self._costs.spent - spent)
                 self.schedule_row(state, state.row_cost + cost, now)
             except Exception as error:
                 state.row = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,13 +132,17 @@ class Costs:
 
     Args:
         clock: seconds, monotonic.
+        meter: seconds of work of this thread: what another process takes from us is not our cost.
         budget: share of wall time since the first step.
     """
 
-    __slots__ = ("began", "budget", "clock", "first_step", "one_off", "spent")
+    __slots__ = ("began", "budget", "clock", "first_step", "meter", "one_off", "spent")
 
-    def __init__(self, clock: Callable[[], float], budget: float) -> None:
+    def __init__(
+        self, clock: Callable[[], float], budget: float, meter: Callable[[], float] = time.thread_time
+    ) -> None:
         self.clock = clock
+        self.meter = meter
         self.budget = budget
         self.began = clock()
         self.first_step: float | None = None
