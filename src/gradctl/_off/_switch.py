@@ -194,19 +194,21 @@ def _when_nothing_runs(turn: Callable[[], T], drain_seconds: float) -> T:
     stop_waiting: Callable[[], None] | None = None
     try:
         while True:
-            compiling = _compiled.lock()
-            if compiling is None or compiling.acquire(blocking=False):
-                try:
-                    with _lock:
+            # Dynamo's lock is taken inside of ours, and never waited for: a fork, which waits for ours, then leaves no
+            # child with a lock of dynamo that nobody will release.
+            with _lock:
+                compiling = _compiled.lock()
+                if compiling is None or compiling.acquire(blocking=False):
+                    try:
                         threads = _backwards.others()
                         if not threads:
                             return turn()
-                finally:
-                    if compiling is not None:
-                        compiling.release()
-                what = f"backward in thread {_names(threads)}"
-            else:
-                what = "compilation by torch.compile in another thread"
+                    finally:
+                        if compiling is not None:
+                            compiling.release()
+                    what = f"backward in thread {_names(threads)}"
+                else:
+                    what = "compilation by torch.compile in another thread"
             if deadline is None:
                 deadline = time.monotonic() + drain_seconds
                 stop_waiting = _backwards.note_waiting()
