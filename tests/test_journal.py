@@ -22,6 +22,7 @@ import journals
 from gradctl._errors import BadJournal, GradctlError, RunDirectoryError, UsageError
 from gradctl._journal import EVENTS_KEPT, Journal, JournalWriter, Run, current, emit, encode_norms, read, set_current
 from gradctl._journal import decode_norms as decode
+from gradctl._journal._writer import PAGE, _by_page
 
 NAME = "journal.rank0.jsonl"
 
@@ -231,6 +232,19 @@ writer.close()
     mine = [line.get("who") for line in parsed(tmp_path / NAME)]
     assert mine == [None, "parent, not yet written", "parent, later"]
     assert [line.get("who") for line in parsed(tmp_path / "journal.rank0.pid7.jsonl")] == ["child"]
+
+
+@given(lengths=st.lists(st.integers(2, 9000), max_size=30), offset=st.integers(0, 10_000))
+def test_a_line_of_up_to_a_page_is_written_whole_inside_one_page(lengths: list[int], offset: int) -> None:
+    lines = [b"x" * (length - 1) + b"\n" for length in lengths]
+    position, written = offset, b""
+    for data in _by_page(lines, offset):
+        longest = max((len(line) for line in data.split()), default=0) + 1
+        assert longest > PAGE or not data or position // PAGE == (position + len(data) - 1) // PAGE
+        position += len(data)
+        written += data
+    assert written.split() == [line[:-1] for line in lines]
+    assert all(line.strip() for line in written.splitlines())
 
 
 WRITES_FOR_EVER = """

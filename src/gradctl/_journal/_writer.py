@@ -6,12 +6,14 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 EVENTS_KEPT = 200
 """Of each event name this many are written, then only their number is kept."""
+PAGE = 4096
+"""The kernel may end a killed process's write at a page of the file, not within one."""
 
 
 class JournalWriter:
@@ -70,11 +72,11 @@ class JournalWriter:
             self.write("event", now=True, e=name, **fields)
 
     def flush(self) -> None:
-        """Take everything that waits to the file, in one write."""
+        """Take everything that waits to the file, so that a kill at any moment cuts no line of up to `PAGE` bytes."""
         with self._lock:
             if not self._lines:
                 return
-            data = ("\n".join(self._lines) + "\n").encode("utf-8", "surrogateescape")
+            lines = [(line + "\n").encode("utf-8", "surrogateescape") for line in self._lines]
             self._lines.clear()
             self._pending = 0
             self._flushed_at = self._clock()
@@ -84,10 +86,11 @@ class JournalWriter:
                 if self._descriptor is None:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
                     self._descriptor = os.open(self.path, flags, 0o600)
-                while data:  # once; a second write only tells why the first was cut short, by a full disk
-                    written = os.write(self._descriptor, data)
-                    self.bytes += written
-                    data = data[written:]
+                for data in _by_page(lines, self.bytes):
+                    while data:  # once; a second write only tells why the first was cut short, by a full disk
+                        written = os.write(self._descriptor, data)
+                        self.bytes += written
+                        data = data[written:]
             except OSError as error:
                 self._fail(error.strerror or str(error))
 
@@ -116,6 +119,23 @@ class JournalWriter:
             self._descriptor = None
         if self._on_failure is not None:
             self._on_failure(reason)
+
+
+def _by_page(lines: list[bytes], offset: int) -> Iterator[bytes]:
+    """Group lines into writes that each stay inside one page of the file; spaces between lines fill up a page."""
+    chunk, room = b"", PAGE - offset % PAGE
+    for line in lines:
+        if len(line) > room:
+            if len(line) <= PAGE:
+                chunk = chunk[:-1] + b" " * room + chunk[-1:]  # at the end of a line, else before the next one
+            yield chunk
+            chunk, room = b"", PAGE if len(line) <= PAGE else room
+        chunk += line
+        room -= len(line)
+        if room <= 0:
+            yield chunk
+            chunk, room = b"", PAGE - (-room) % PAGE
+    yield chunk
 
 
 _current: JournalWriter | None = None
