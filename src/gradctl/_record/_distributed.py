@@ -37,7 +37,7 @@ class DataParallelTimes:
     def __init__(self, journal: JournalWriter) -> None:
         self._journal = journal
         self._models: list[weakref.ref[Any]] = []
-        self._ask_at = _FIRST_ASKED
+        self.ask_at = _FIRST_ASKED
 
     def wrap(self, inner: Any) -> Any:
         """The wrap of `DistributedDataParallel.__init__`."""
@@ -48,11 +48,15 @@ class DataParallelTimes:
 
         return created
 
+    def is_due(self, after: int) -> bool:
+        """Whether there is a model to ask once `ask_at` steps are done, and `after` steps are fewer."""
+        return bool(self._models) and after < self.ask_at
+
     def ask(self, step: int, *, last: bool = False) -> None:
         """Write the times if they are due after `step` steps; they are local to this rank, nothing is communicated."""
-        if not self._models or (step < self._ask_at and not last):
+        if not self._models or (step < self.ask_at and not last):
             return
-        self._ask_at = max(2 * step, _FIRST_ASKED)
+        self.ask_at = max(2 * step, _FIRST_ASKED)
         for reference in self._models:
             model = reference()
             if model is None or not hasattr(model, "_get_ddp_logging_data"):

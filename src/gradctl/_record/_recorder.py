@@ -412,6 +412,8 @@ class Recorder:
                     self._drain.close(state, now)
                 state.flush_at = state.steps + (FLUSH_STEPS if state.steps > EAGER_STEPS else 1)
                 state.flush_time = now + FLUSH_SECONDS
+                if self._ddp.is_due(state.steps):  # a short run has let go of its model when it ends
+                    state.flush_at = min(state.flush_at, self._ddp.ask_at)
                 if self._watch_steps is not None:
                     state.flush_at = min(state.flush_at, max(self._watch_steps, state.steps + 1))
                     enough = enough or state.steps >= self._watch_steps
