@@ -44,6 +44,8 @@ Step = Callable[[], Any]
 
 
 class Residual(nn.Module):
+    """Two convolutions and a short cut."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
@@ -52,10 +54,13 @@ class Residual(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with the residual added."""
         return torch.relu(x + self.body(x))
 
 
 class Tagger(nn.Module):
+    """An LSTM of two layers that labels tokens."""
+
     def __init__(self) -> None:
         super().__init__()
         self.table, self.lstm, self.head = (
@@ -65,10 +70,13 @@ class Tagger(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch."""
         return self.head(self.lstm(self.table(x))[0]).flatten(0, 1)
 
 
 class Gpt(nn.Module):
+    """Six causal blocks, 128 wide."""
+
     def __init__(self) -> None:
         super().__init__()
         self.table, self.places = nn.Embedding(500, 128), nn.Parameter(torch.zeros(64, 128))
@@ -77,6 +85,7 @@ class Gpt(nn.Module):
         self.head = nn.Linear(128, 500)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of a batch."""
         mask = nn.Transformer.generate_square_subsequent_mask(64)
         return self.head(self.body(self.table(x) + self.places, mask=mask, is_causal=True)).flatten(0, 1)
 
@@ -123,11 +132,14 @@ class Arm:
         self.step: Step = step
         self.steps = 1
 
-    def enter(self) -> None: ...
+    def enter(self) -> None:
+        """Get ready to be timed."""
 
-    def leave(self) -> None: ...
+    def leave(self) -> None:
+        """Stand aside while others are timed."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End for good."""
 
 
 class RecordedArm(Arm):
@@ -141,6 +153,7 @@ class RecordedArm(Arm):
         self._left = time.perf_counter()
 
     def enter(self) -> None:
+        """Listen, as if the time of the other arms had not passed."""
         pause = time.perf_counter() - self._left
         costs = self.recorder.costs
         if costs.first_step is not None:
@@ -156,17 +169,20 @@ class RecordedArm(Arm):
         self.recorder.install()
 
     def step_densely(self) -> None:
+        """Make one step in which a row is due."""
         for state in self.recorder.by_number.values():
             state.next_row = 0
         self._plain_step()
 
     def leave(self) -> None:
+        """Stop listening for a while."""
         for handle in self.recorder._handles:
             handle.remove()
         self.recorder._handles = []
         self._left = time.perf_counter()
 
     def close(self) -> None:
+        """Write the end record."""
         self.recorder.finish("stopped")
         self.writer.close()
 
@@ -450,9 +466,9 @@ def as_markdown(found: dict[str, Any]) -> str:
         f"# What recording costs, {where['date']}",
         "",
         f"{where['processor']}, {where['cores']} cores, load {where['load']}; torch {where['torch']}, "
-        f"Python {where['python']}, one thread. CPU time a step / plain, median of {where['rounds']} interleaved rounds "
-        "in one process (lowest to highest). Only this process's CPU time is counted: what `wandb` does in its service "
-        "process is not.",
+        f"Python {where['python']}, one thread. CPU time a step / plain, median of {where['rounds']} interleaved "
+        "rounds in one process (lowest to highest). Only this process's CPU time is counted: what `wandb` does in its "
+        "service process is not.",
         "",
     ]
     models = found["models"]
@@ -483,7 +499,8 @@ def as_markdown(found: dict[str, Any]) -> str:
         lines.append(f"| default on the MLP, us a step | {extra:.1f} | 10 |")
     for grown in found["resident"]:
         lines.append(
-            f"| resident growth, {grown['tensors']} tensors, MiB | {grown['grown_mib']:.1f} | {grown['allowed_mib']:.1f} |"
+            f"| resident growth, {grown['tensors']} tensors, MiB | {grown['grown_mib']:.1f} "
+            f"| {grown['allowed_mib']:.1f} |"
         )
     for kind, model in models.items():
         lines.append(
