@@ -11,10 +11,10 @@ import math
 
 DENSE_ROWS = 5
 """The first steps are all sampled."""
-MIN_ROW_GAP = 8
+MIN_ROW_GAP = 12
 ROWS_A_DOUBLING = 64
 BLOCKS_A_DOUBLING = 512
-MAXIMA_A_DOUBLING = 128
+MAXIMA_A_DOUBLING = 96
 MIN_MAXIMA_STEPS = 4
 MIN_BLOCK_SECONDS = 0.005
 """Without this floor a model with steps of a third of a millisecond would write a line a step at first."""
