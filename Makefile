@@ -44,6 +44,7 @@ format: $(VENV)/.check  ## Format the code and mend what the linter can mend
 bench: $(VENV)/.bench  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/off.py
+	$(BIN)/python benchmarks/report.py
 
 docs: $(VENV)/.docs  ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html

@@ -59,8 +59,7 @@ class Step:
         oracle.zero_grad()
         oracle(self.batch).backward()
         return any(
-            got is None or not torch.equal(got, p.grad)
-            for got, p in zip(self.grads, oracle.parameters(), strict=True)
+            got is None or not torch.equal(got, p.grad) for got, p in zip(self.grads, oracle.parameters(), strict=True)
         )
 
 
