@@ -65,6 +65,26 @@ def test_every_step_is_in_exactly_one_block(tmp_path: Path) -> None:
     assert min(block.loss[1] for block in journal.blocks if block.loss) == pytest.approx(min(losses), rel=1e-3)
 
 
+def test_the_first_and_the_last_loss_are_told_at_the_end(tmp_path: Path) -> None:
+    _, (losses, _), journal = plain_and_recorded(tmp_path, lambda: train_mlp(40))
+    assert journal.end is not None
+    assert journal.end.losses[0] == pytest.approx((losses[0], losses[-1]), rel=1e-5)
+
+
+def test_a_last_loss_that_is_not_finite_is_told_as_it_is(tmp_path: Path) -> None:
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    with recorded(tmp_path) as flight:
+        for factor in (2.0, 1.0, math.inf, math.nan):
+            (weight.sum() * factor).backward()
+            optimizer.step()
+    assert flight.journal.end is not None
+    first, last = flight.journal.end.losses[0]
+    assert first == 6.0
+    assert last is not None
+    assert math.isnan(last)
+
+
 def test_the_optimizer_is_described_with_names_that_nobody_gave(tmp_path: Path) -> None:
     _, _, journal = plain_and_recorded(tmp_path, lambda: train_mlp(4))
     record = journal.optimizers[0]

@@ -204,6 +204,7 @@ class Parser:
             code=None if code is None else _whole(code),
             exc=dict(exc) if exc else None,
             steps={int(o): _whole(n) for o, n in dict(r.get("steps") or {}).items()},
+            losses={int(o): (_maybe(pair[0]), _maybe(pair[1])) for o, pair in dict(r.get("losses") or {}).items()},
             backwards=_whole(r.get("backwards", 0)),
             **{key: _real(r.get(key, 0.0)) for key in ("cost", "one_off", "wall", "share")},
             faults=_whole(r.get("faults", 0)),

@@ -168,6 +168,9 @@ class End:
     code: int | None = None
     exc: Mapping[str, Any] | None = None
     steps: Mapping[int, int] = field(default_factory=dict[int, int])
+    losses: Mapping[int, tuple[float | None, float | None]] = field(
+        default_factory=dict[int, tuple[float | None, float | None]]
+    )
     backwards: int = 0
     cost: float = 0.0
     one_off: float = 0.0

@@ -151,6 +151,9 @@ class Drain:
             if type(loss) is not float:
                 self._on_bad_loss(state, state.done)
                 loss = loss[0]
+            if state.first_loss is None:
+                state.first_loss = loss
+            state.last_loss = loss
             if loss - loss != 0.0:
                 block.bad += 1
                 continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradctl._record._blocks import Drain
-from gradctl._record._rows import peak_memory
+from gradctl._record._rows import peak_memory, short
 from gradctl._record._state import Costs, OptimizerState
 
 MAX_OPTIMIZERS = 512
@@ -19,6 +19,11 @@ def totals(states: Sequence[OptimizerState], costs: Costs, now: float) -> dict[s
     main = max(states, key=lambda state: state.steps, default=None)
     return {
         "steps": {str(state.o): state.steps for state in states},
+        "losses": {
+            str(state.o): [short(state.first_loss, 6), short(state.last_loss, 6)]
+            for state in states
+            if state.first_loss is not None and state.last_loss is not None
+        },
         "cost": round(costs.spent, 4),
         "one_off": round(costs.one_off, 4),
         "wall": round(wall, 3),

@@ -276,9 +276,9 @@ def learning_rates(optimizer: Any) -> list[float]:
     return rates
 
 
-def short(value: float) -> float:
-    """Round to four significant digits; NaN and inf stay what they are."""
-    return float(f"{value:.4g}")
+def short(value: float, digits: int = 4) -> float:
+    """Round to so many significant digits; NaN and inf stay what they are."""
+    return float(f"{value:.{digits}g}")
 
 
 def peak_memory() -> dict[str, float]:

@@ -110,6 +110,8 @@ class OptimizerState:
     frozen: int = 0
     bad_streak: int = 0
     loss_bad: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
     skips: int = 0
     none_written: int = -1
     stalls: dict[int, int] = field(default_factory=dict[int, int])
