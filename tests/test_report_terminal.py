@@ -158,6 +158,43 @@ def test_names_of_any_length_and_script_fit(tmp_path: Path) -> None:
     assert max(cell_len(line) for line in text.splitlines() if "journal.rank0" not in line) <= 80
 
 
+def test_an_exit_code_that_nobody_knows_is_said_to_be_unknown(tmp_path: Path) -> None:
+    one = Trainer(["a.w"], [[2, 2]], 30)
+    text = drawn(journals.write(tmp_path, [one], end=journals.goodbye({0: 30}, code=None)))
+    assert "train.py --steps 400 · exit code not known ·" in text.replace("\n", " ")
+
+
+def test_what_was_not_seen_has_a_line(tmp_path: Path) -> None:
+    one = Trainer(["a.w"], [[2, 2]], 30)
+    unseen = [["2 Python children", "they were started with -I"], ["a thread", "gone"]]
+    text = drawn(journals.write(tmp_path, [one], end=journals.goodbye({0: 30}, not_seen=unseen)))
+    assert "\n  unseen   2 Python children (they were started with -I); and 1 more\n" in text
+    assert "unseen" not in drawn(journals.healthy(tmp_path))
+
+
+def report_again(directory: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gradctl", "report", str(directory), *more]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_a_page_that_is_kept_is_said_to_be_an_old_one(tmp_path: Path) -> None:
+    directory = journals.healthy(tmp_path, steps=30)
+    line = f"  report   {directory}/report.html"
+    assert f"{line}\n" in report_again(directory).stdout
+    assert f"{line}  (kept; --force draws it again)\n" in report_again(directory).stdout
+    assert f"{line}\n" in report_again(directory, "--force").stdout
+
+
+@pytest.mark.parametrize("more", [[], ["--json", "-"]])
+def test_a_directory_whose_only_journal_is_empty_holds_no_run(tmp_path: Path, more: list[str]) -> None:
+    directory = journals.empty(tmp_path)
+    done = report_again(directory, *more)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"{directory} holds no run" in done.stderr
+    assert "its journal is empty" in done.stderr
+    assert not (directory / "report.html").exists()
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 

@@ -298,8 +298,8 @@ def test_a_data_loader_that_is_waited_for_is_told(tmp_path: Path, waiting: float
 def test_accumulation_is_observed(tmp_path: Path) -> None:
     events = [event("accumulation", 3.0, o=0, n=1, microbatches=4)]
     found = verdict(journals.write(tmp_path, [trainer(microbatches=4)], events=events))
-    assert finding(found, "accumulation").symptom == "Each step adds up 4 backward passes"
-    assert next(f.detail for f in found.figures if f.label == "steps") == "4 backwards each"
+    assert finding(found, "accumulation").symptom == "4 backward passes before each step"
+    assert next(f.detail for f in found.figures if f.label == "steps") == "4 backwards before each"
 
 
 def test_a_parameter_whose_last_word_is_that_it_was_reached_is_not_accused(tmp_path: Path) -> None:
@@ -523,7 +523,7 @@ def test_at_most_four_findings_are_shown_and_all_are_kept_worst_first(tmp_path: 
 def test_every_finding_is_in_the_table_of_fixes_and_names_only_commands_that_exist() -> None:
     source = "".join(p.read_text() for p in Path(sys.modules[Verdict.__module__].__file__).parent.glob("*.py"))
     used = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", source))
-    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight", "stopped")}
+    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight", "stopped", "skipped")}
     assert used == set(FIXES)
     for text in FIXES.values():
         assert not re.search(r"gradctl (?!run|report|env)\w+", text), text
@@ -587,6 +587,9 @@ KEYS = st.sampled_from(
         "code",
         "exc",
         "steps",
+        "losses",
+        "tiers",
+        "backwards",
         "faults",
         "dropped",
         "wall",
@@ -617,6 +620,7 @@ EVENTS = st.sampled_from(
         "torn_step",
         "ddp",
         "not_seen",
+        "never_stepped",
     ]
 )
 

@@ -26,12 +26,14 @@ class Failure:
         message: its text.
         span: where it was raised, relative to the script's folder; None when not known.
         rank: the rank it ended, when there are several.
+        journal: that of the process.
     """
 
     type: str
     message: str
     span: Span | None
     rank: int | None
+    journal: Journal
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,12 @@ class Facts:
         """Steps of the main optimizer; 0 if none was seen."""
         return self.training.steps if self.training else 0
 
+    @cached_property
+    def watched(self) -> int:
+        """How many first steps were recorded, when `--watch-steps` ended the recording; 0 when it did not."""
+        end = self.main.end if self.main else None
+        return whole(end.tiers.get("watched"), 0) if end else 0
+
     @property
     def several(self) -> bool:
         """Whether the run has more than one rank."""
@@ -129,10 +137,11 @@ class Facts:
             exc = journal.end.exc if journal.end else None
             if not exc:
                 continue
-            when = (journal.run.started if journal.run else 0.0) + (journal.end.wall if journal.end else 0.0)
             rank = journal.rank if self.several else None
-            found.append((when, Failure(field(exc, "type"), field(exc, "message"), self.span(exc, journal), rank)))
-        return min(found, key=lambda pair: pair[0])[1] if found else None
+            failure = Failure(field(exc, "type"), field(exc, "message"), self.span(exc, journal), rank, journal)
+            found.append((ended_at(journal), failure))
+        # sys.exit() beside a failure is its consequence
+        return min(found, key=lambda pair: (pair[1].type == "SystemExit", pair[0]))[1] if found else None
 
     def span(self, place: Mapping[str, Any], journal: Journal | None = None) -> Span | None:
         """Return where an exception points, relative to the script's folder where it lies below it."""
@@ -145,6 +154,11 @@ class Facts:
         """Whether the process of the main journal is alive: asked of this machine, and only where it was started."""
         journal = self.process
         return journal is not None and journal.end is None and journal.run is not None and is_alive(journal.run)
+
+
+def ended_at(journal: Journal) -> float:
+    """The wall-clock second at which a process ended, as far as its journal tells."""
+    return (journal.run.started if journal.run else 0.0) + (journal.end.wall if journal.end else 0.0)
 
 
 def relative(file: str, record: RunRecord | None) -> str:

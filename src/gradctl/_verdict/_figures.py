@@ -27,7 +27,9 @@ def figures(facts: Facts) -> tuple[Figure, ...]:
 
 def _loss(facts: Facts) -> Figure:
     detail = ""
-    if facts.training is not None and len(facts.players) > 1:
+    if facts.watched:
+        detail = f"of the first {facts.watched}"
+    elif facts.training is not None and len(facts.players) > 1:
         detail = f"{facts.training.record.cls} {facts.training.id}, of {len(facts.players)} optimizers"
     seen = facts.trend
     if seen is None:
@@ -42,15 +44,17 @@ def _steps(facts: Facts, training: Training | None) -> Figure:
     if training is None:
         return Figure("steps", "0")
     words: list[str] = []
+    if facts.watched:
+        words.append("the first ones, no more were watched")
     if training.record.source == "backward":
         words.append("backwards, no optimizer")
     if len(facts.stages) > 1:
         words.append(f"{len(facts.stages)} optimizers together")
     elif training.microbatches >= 2 * training.steps:
-        words.append(f"{round(training.microbatches / training.steps)} backwards each")
+        words.append(f"{round(training.microbatches / training.steps)} backwards before each")
     if training.skipped:
         words.append(f"{training.skipped} skipped by the scaler")
-    return Figure("steps", str(training.steps), ", ".join(words))
+    return Figure("steps", f"{training.steps:,}", ", ".join(words))
 
 
 def _time(training: Training | None) -> Figure:
@@ -70,12 +74,14 @@ def _reached(facts: Facts) -> Figure:
 def _nonfinite(facts: Facts) -> Figure:
     found = [t.nonfinite for _, ts in facts.by_rank for t in ts if t.nonfinite is not None]
     if not found:
-        return Figure("non-finite", "0")
+        return Figure("non-finite", "0", f"of the first {facts.watched}" if facts.watched else "")
     worst = max(found, key=lambda f: f.steps)
     return Figure(
         "non-finite",
         count(worst.steps, "step"),
-        f"from step {worst.first}" if worst.lasting else f"first at step {worst.first}",
+        f"from step {worst.first}"
+        if worst.lasting
+        else f"first at step {worst.first}" + (", skipped by the scaler" if worst.skipped else ""),
     )
 
 

@@ -19,6 +19,8 @@ from gradctl._verdict._words import count, named, number, percent
 
 STEPS_TO_JUDGE = 50
 """Tendencies of fewer steps are not judged."""
+STEPS_FOR_A_FACT = 10
+"""What is exact, and not a tendency, needs no more than these: a warm-up may begin at zero."""
 ROWS_TO_JUDGE = 8
 NORMS_TO_JUDGE = 4
 """A short run of a small model is sampled a few times only; six decades need no more."""
@@ -44,7 +46,12 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
     names = f"{found.count} of {found.of} tensors at once: {named(found.names, found.count)}. " if found.names else ""
     severity: Severity = "error"
     line = slug
-    if found.first > training.steps:
+    if found.skipped:
+        often = "" if found.steps == 1 else f" in {found.steps} steps, first"
+        them = "it" if found.steps == 1 else "them"
+        symptom = f"{what} {be[1]} NaN or inf{often} at step {found.first}{who}; the loss scaler skipped {them}"
+        why, line, severity = f"{names}No weight took such an update.", "nonfinite-skipped", "note"
+    elif found.first > training.steps:
         symptom = f"{what} {be[0]} NaN or inf at step {found.first}{who}"
         why, line = (
             f"{names}That step was not taken: the weights are those of step {training.steps}.",
@@ -62,7 +69,7 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
         symptom = f"{what} {be[1]} NaN or inf in {often}, first at step {found.first}{who}"
         why = f"{names}Training recovered; a weight that took such an update would not have."
         line_search = "LBFGS" in training.record.cls and found.where == "loss"
-        severity = "note" if line_search or training.skipped >= found.steps else "warning"
+        severity = "note" if line_search else "warning"
     yield finding(
         slug,
         severity,
@@ -198,19 +205,21 @@ def loss(facts: Facts, training: Training) -> Iterator[Finding]:
 def updates(facts: Facts, training: Training) -> Iterator[Finding]:
     """How far one step moves the matrices; vectors born at zero move far in every healthy model and are not judged."""
     rows = training.late_rows
-    if training.steps < STEPS_TO_JUDGE or len(rows) < ROWS_TO_JUDGE or training.nonfinite is not None:
-        return
-    rates = [max(r.lr) for r in rows if r.lr]
-    peak = max((max(r.lr) for r in training.rows if r.lr), default=0.0)
-    if rates and len(rates) == len(rows) and peak == 0.0:
+    if _is_rate_zero(training):
+        late = bool(rows)  # a first epoch may have a rate of 0 on purpose
         yield finding(
             "learning-rate-zero",
-            "error",
-            f"The learning rate was 0 in all of {count(training.steps, 'step')}",
-            "No weight was changed.",
+            "error" if late else "warning",
+            f"The learning rate was 0 in all of {count(training.steps, 'step')}"
+            if late
+            else f"The learning rate was 0 in each of the {len(training.rows)} steps that were sampled",
+            "No weight was changed." if late else f"{count(training.steps, 'step')} were taken.",
             measured={"learning_rate": 0.0},
         )
         return
+    if training.steps < STEPS_TO_JUDGE or len(rows) < ROWS_TO_JUDGE or training.nonfinite is not None:
+        return
+    peak = max((max(r.lr) for r in training.rows if r.lr), default=0.0)
     # the end of a schedule is slow on purpose: only rows at a tenth of the peak or more are judged
     lively = [r for r in rows if not r.lr or max(r.lr) >= 0.1 * peak]
     if len(lively) < ROWS_TO_JUDGE:
@@ -244,6 +253,15 @@ def updates(facts: Facts, training: Training) -> Iterator[Finding]:
             parameters=tuple(training.name(i) for _, i in slow[:50]),
             measured={"update_to_weight": typical},
         )
+
+
+def _is_rate_zero(training: Training) -> bool:
+    """Whether every sampled step had a rate of exactly 0 and moved nothing."""
+    rows = training.rows
+    if training.steps < STEPS_FOR_A_FACT or len(rows) < 3:
+        return False
+    moved = any(u is not None and u != 0.0 for r in rows for u in r.u)  # an optimizer may have rates of its own
+    return all(r.lr and max(r.lr) == min(r.lr) == 0.0 for r in rows) and not moved
 
 
 def stall(facts: Facts, training: Training) -> Iterator[Finding]:
@@ -293,9 +311,27 @@ def _vanished(training: Training) -> tuple[str, ...]:
     return tuple(training.name(i) for i in gone) if fading >= 2 and len(gone) >= max(4, len(norms) / 4) else ()
 
 
+def all_zero(facts: Facts, training: Training) -> Iterator[Finding]:
+    """Every gradient of every measured step is exactly zero: steps are taken and nothing is learned."""
+    if not training.is_all_zero:
+        return
+    # a rank may hold nothing but empty shards
+    others = [t for _, found in facts.by_rank for t in found if t.id == training.id]
+    if all(t.is_all_zero or not t.measured for t in others):
+        alone = len(facts.trainings) == 1
+        yield finding(
+            "gradients-all-zero",
+            "error" if alone and training.steps >= STEPS_FOR_A_FACT else "warning",
+            f"All gradients were exactly zero in every measured step{_who(facts, training)}",
+            f"{count(training.steps, 'step')} of {training.record.cls or 'the optimizer'} "
+            "followed no gradient: the loss does not depend on the weights.",
+            measured={"steps": training.steps},
+        )
+
+
 def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
     """Gradients that are exactly zero to the end."""
-    if training.steps < 20 or training.nonfinite is not None or _vanished(training):
+    if training.steps < 20 or training.nonfinite is not None or training.is_all_zero or _vanished(training):
         return
     if any(b.loss is not None and b.loss[1] == 0.0 for b in training.losses[-3:]):
         return  # a hinge loss of 0 has nothing left to say
@@ -363,7 +399,7 @@ def accumulation(facts: Facts, training: Training) -> Iterator[Finding]:
         yield finding(
             "accumulation",
             "note",
-            f"Each step adds up {each} backward passes" + (f" since step {since}" if since > 1 else ""),
+            f"{each} backward passes before each step" + (f" since step {since}" if since > 1 else ""),
             "The loss is shown as each of them was passed to backward.",
             measured={"microbatches": each},
         )
@@ -378,6 +414,7 @@ RULES: tuple[Callable[[Facts, Training], Iterator[Finding]], ...] = (
     updates,
     stall,
     vanished,
+    all_zero,
     zeros,
     dead,
     clipped,

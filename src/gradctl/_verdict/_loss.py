@@ -22,8 +22,8 @@ class Trend:
 
     Args:
         kind: `falls`, `blew_up`, `flat` (steady and not falling) or `unclear` (noisy, short, or rising a little).
-        first: mean loss of the first block.
-        last: mean loss of the last block; nan when its losses were not finite.
+        first: the first loss; where the journal has no end, the mean of the first block.
+        last: the last loss, or the mean of the last block; nan when that was not finite.
         since: for `blew_up`: the step from which the loss was out of the range that it had at first.
     """
 
@@ -41,11 +41,18 @@ def trend(training: Training) -> Trend | None:
         return None
     first = finite[0][2]
     last = finite[-1][2] if training.losses[-1].loss is not None else math.nan
+    told = training.journal.end.losses.get(training.id) if training.journal.end else None
+    if told:
+        # exact where the recorder could say goodbye; a mean over a long block is not what the program printed last
+        first = told[0] if told[0] is not None and math.isfinite(told[0]) else first
+        last = last if told[1] is None else told[1] if math.isfinite(told[1]) else math.nan
     finite = [(n, c, _within(mean), _within(low), _within(high)) for n, c, mean, low, high in finite]
     since = _blew_up(finite)
     if since:
         return Trend("blew_up", first, last, since)
     steps = sum(c for _, c, *_ in finite)
+    if _collapsed(finite, first, last):
+        return Trend("falls", first, last)
     if steps < FEWEST_STEPS or len(finite) < FEWEST_STEPS:
         return Trend("unclear", first, last)
     means, spread = _windows(finite)
@@ -54,6 +61,15 @@ def trend(training: Training) -> Trend | None:
     if steps >= STEPS_TO_CALL_IT_FLAT and _is_flat(finite, means, spread):
         return Trend("flat", first, last)
     return Trend("unclear", first, last)
+
+
+def _collapsed(rows: list[tuple[int, int, float, float, float]], first: float, last: float) -> bool:
+    """Whether a loss that is never negative fell by two decades and stays a decade down: no noise does that."""
+    if not (first > 0 and 0 <= last <= 0.01 * first) or min(low for *_, low, _ in rows) < 0:
+        return False
+    return (
+        max((mean for _, _, mean, _, _ in rows[-max(1, len(rows) // 4) :] if len(rows) > 1), default=0.0) < first / 10
+    )
 
 
 def _within(value: float) -> float:

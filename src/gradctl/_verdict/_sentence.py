@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from gradctl._journal import Journal
 from gradctl._results import Finding
-from gradctl._verdict._facts import Facts, is_alive
+from gradctl._verdict._facts import Facts, ended_at, is_alive
 from gradctl._verdict._statement import Level
 from gradctl._verdict._training import Training, short_name
 from gradctl._verdict._whole import missed
@@ -48,11 +49,15 @@ def _body(facts: Facts, findings: tuple[Finding, ...]) -> tuple[str, Level]:
     bad = next((t for _, ts in facts.by_rank for t in ts if _is_lost(t)), None)
     if bad is not None and bad.nonfinite is not None and lead is not None and lead.slug.startswith("nonfinite"):
         return _nonfinite(bad), level
+    if facts.training is None and lead is not None and lead.slug == "never-stepped":
+        return lead.symptom, level
     if facts.training is None:
         lost = missed(facts)
         return (f"Training was not seen: {lost[0][0]}", "warning") if lost else (_nothing(facts), "note")
     if lead is not None:
         return lead.symptom, level
+    if level == "good" and not any(t.reached is not None for t in facts.trainings):
+        level = "note"  # what was not measured is not well
     return _well(facts, findings), level
 
 
@@ -101,14 +106,17 @@ def _well(facts: Facts, findings: tuple[Finding, ...]) -> str:
     body = (
         f"Gradients reach {reach} of {expected} parameters" if reach < expected else "Gradients reach every parameter"
     )
-    if steps < 5:
-        return f"{body} in the {'one step that was' if steps == 1 else f'{steps} steps that were'} seen"
     trend = facts.trend
-    if trend is not None and trend.kind == "falls" and trend.last == trend.last:
-        return f"{body} and the loss falls"
+    falls = trend is not None and trend.kind == "falls" and trend.last == trend.last
+    if steps < 5:
+        seen = f"in the {'one step that was' if steps == 1 else f'{steps} steps that were'} seen"
+        return f"{body} {seen}{', and the loss falls' if falls else ''}"
+    watched = f" in the first {steps} steps" if facts.watched else ""
+    if falls:
+        return f"{body} and the loss falls{watched}"
     if "loss-flat" in slugs and trend is not None:
-        return f"{body}; the loss stays at {number(trend.last)}"
-    return body
+        return f"{body}{watched}; the loss stays at {number(trend.last)}"
+    return f"{body}{watched}"
 
 
 def _off(facts: Facts) -> bool:
@@ -119,7 +127,7 @@ def _ending(facts: Facts) -> tuple[str, Level]:
     """How the run ended, as a clause; empty when it ended by itself and well."""
     if facts.still_running:
         return f"it is still running, {count(facts.steps, 'step')} so far", "good"
-    after = f" after {count(facts.steps, 'step')}" if facts.training else " before any step"
+    after = _after(facts, facts.main)
     failure = facts.failure
     if failure is not None and failure.type and failure.type not in INTERRUPTS:
         name = short_name(failure.type.rpartition(".")[2])
@@ -129,9 +137,12 @@ def _ending(facts: Facts) -> tuple[str, Level]:
             return f"it was stopped{where} before the update", "error"
         if name == "BackwardRefused":
             return f"backward was refused{where}", "error"
-        return f"{who} raised {name}{where}{after}", "error"
+        return f"{who} raised {name}{where}{_after(facts, failure.journal)}", "error"
     if failure is not None and failure.type == "KeyboardInterrupt":
         return f"it was interrupted by hand{after}", "note"
+    failed = _failed_rank(facts)
+    if failed is not None and failed.end is not None:
+        return f"rank {_rank(failed)} ended with exit code {failed.end.code}{_after(facts, failed)}", "error"
     silent = [j for j in facts.ranks if j.end is None and not (j.run and is_alive(j.run))]
     if facts.end is None and facts.process is not None:
         return f"the script stopped{_at(facts)} without saying goodbye", "warning"
@@ -143,6 +154,28 @@ def _ending(facts: Facts) -> tuple[str, Level]:
     if code:
         return f"the script exited with code {code}{after if facts.training else ''}", "warning"
     return "", "good"
+
+
+def _failed_rank(facts: Facts) -> Journal | None:
+    """Of several ranks: the first by the clock to end with an exit code of its own that is not 0."""
+    if not facts.several:
+        return None
+    failed = [j for j in facts.ranks if j.end is not None and j.end.code]
+    if len(failed) == len(facts.ranks) and len({j.end.code for j in failed if j.end}) == 1:
+        return None  # all alike: the script did
+    return min(failed, key=lambda j: (ended_at(j), j.rank), default=None)
+
+
+def _rank(journal: Journal) -> int:
+    return journal.run.rank if journal.is_child and journal.run else journal.rank
+
+
+def _after(facts: Facts, journal: Journal | None) -> str:
+    steps = next((found for j, found in facts.by_rank if j is journal), facts.trainings)
+    taken = max((t.steps for t in steps), default=0) if journal is not facts.main else facts.steps
+    if not taken:
+        return " before any step"
+    return f" after more than {count(taken, 'step')}" if facts.watched else f" after {count(taken, 'step')}"
 
 
 def _at(facts: Facts) -> str:

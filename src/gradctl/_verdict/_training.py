@@ -9,7 +9,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-from gradctl._journal import Block, Journal, Maxima, OptimizerRecord, Row, RunRecord
+from gradctl._journal import Block, Event, Journal, Maxima, OptimizerRecord, Row, RunRecord
 
 SAMPLED_ROWS = 64  # a median over this many rows is as good as one over all of them
 LONGEST_NAME = 100
@@ -28,6 +28,7 @@ class NonFinite:
         names: the first parameters concerned.
         count: how many parameters were concerned at that step.
         of: out of how many.
+        skipped: whether a loss scaler skipped every such step, so that no weight took one.
     """
 
     where: str
@@ -38,6 +39,7 @@ class NonFinite:
     names: tuple[str, ...]
     count: int
     of: int
+    skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,11 @@ class Training:
         """How many parameters never got a gradient, and the names of the first of them.
 
         The recorder's own event decides, because only it tells a frozen parameter from a forgotten one; what was seen
-        with a gradient later is taken off.
+        with a gradient later is taken off. Backwards without an optimizer are steps only by their gradients: a few of
+        them, or none that was measured, prove nothing.
         """
+        if self.record.source == "backward" and (self.steps < 3 or not self.measured):
+            return 0, ()
         told = [e for e in self.journal.named("none") if e.o in (None, self.id)]
         if not told:
             return 0, ()
@@ -184,6 +189,11 @@ class Training:
         return since
 
     @cached_property
+    def is_all_zero(self) -> bool:
+        """Whether gradients were measured and every one of them was exactly zero."""
+        return bool(self.seen) and not any(g for _, norms in self.measured for g in norms)
+
+    @cached_property
     def skipped(self) -> int:
         """Steps that the loss scaler skipped."""
         told = sum(1 for e in self.journal.named("skip") if e.o in (None, self.id))
@@ -191,37 +201,78 @@ class Training:
         return told + (dropped if told else 0)
 
     @cached_property
+    def last_loss(self) -> float | None:
+        """The last loss that was passed to backward, as the `end` record tells it; None when it does not."""
+        told = self.journal.end.losses.get(self.id) if self.journal.end else None
+        return told[1] if told else None
+
+    @cached_property
     def nonfinite(self) -> NonFinite | None:
         """What was NaN or inf, or None."""
-        events = [e for e in self.journal.named("nonfinite") if e.o in (None, self.id) and e.n is not None]
-        first: dict[str, int] = {}
-        for e in events:
-            what = {"grad": "gradient", "loss": "loss", "weight": "weight"}.get(str(e.data.get("what")), "gradient")
-            first[what] = min(first.get(what, e.n or 0), e.n or 0)
-        for b in self.blocks:
-            if b.bad:
-                # inside a longer block the step is not known better than this
-                first.setdefault("loss", b.n)
-                break
-        bad_measured = [step for step, norms in self.measured if any(g is not None and math.isnan(g) for g in norms)]
-        if bad_measured:
-            first.setdefault("gradient", min(bad_measured))
-        if not first:
+        whole_run = self._first_bad(0)
+        if not whole_run:
             return None
+        # losses that were finite again end what came before: a run that is lost is lost since the last of them
+        good = max((b.n for b in self.losses if b.loss is not None and not b.bad), default=0)
+        final = self._first_bad(good)
+        skipped = self._all_skipped
+        lasting = (
+            bool(final) and not skipped and self._is_bad_at_the_end(min(final.values()), weights="weight" in final)
+        )
+        first = final if lasting else whole_run
         # a loss comes before its own gradient: in the same step, it is the cause
         where = min(first, key=lambda what: (first[what], ("loss", "gradient", "weight").index(what)))
         start = first[where]
+        events = self._nonfinite_events
         told = next((e for e in events if e.n == first.get("gradient") and e.data.get("what") == "grad"), None)
-        share = self._bad_share(start)
-        lasting = self._is_bad_at_the_end(start, share, weights="weight" in first)
         if lasting:
             steps = max(1, self.steps - start + 1)
         else:
-            steps = len({e.n for e in events if e.data.get("what") != "weight"} | set(bad_measured))
+            steps = len({e.n for e in events if e.data.get("what") != "weight"} | set(self._bad_rows))
             steps = max(1, steps, min(sum(b.bad for b in self.blocks), self.steps))
         names = tuple(short_name(n) for n in texts(told.data.get("params"))) if told else ()
         count = whole(told.data.get("count"), len(names)) if told else 0
-        return NonFinite(where, start, steps, lasting, share, names, count, max(self.tensors, count))
+        of = max(self.tensors, count)
+        return NonFinite(where, start, steps, lasting, self._bad_share(start), names, count, of, skipped)
+
+    @cached_property
+    def _nonfinite_events(self) -> tuple[Event, ...]:
+        return tuple(e for e in self.journal.named("nonfinite") if e.o in (None, self.id) and e.n is not None)
+
+    @cached_property
+    def _bad_rows(self) -> tuple[int, ...]:
+        return tuple(r.n for r in self.rows if any(g is not None and math.isnan(g) for g in r.g))
+
+    def _first_bad(self, since: int) -> dict[str, int]:
+        """For what was non-finite (`gradient`, `loss`, `weight`): the first such step from `since` on."""
+        first: dict[str, int] = {}
+        for e in self._nonfinite_events:
+            n = e.n or 0
+            if n >= since:
+                what = {"grad": "gradient", "loss": "loss", "weight": "weight"}.get(str(e.data.get("what")), "gradient")
+                first[what] = min(first.get(what, n), n)
+        bad = [b.n for b in self.blocks if b.bad and b.n >= since]
+        if bad:
+            # inside a longer block the step is not known better than this
+            first.setdefault("loss", bad[0])
+        rows = [n for n in self._bad_rows if n >= since]
+        # the stretch of a maximum says only that it happened somewhere in it
+        rows = rows or [m.n for m in self.maxima if m.n >= since and any(g is not None and math.isnan(g) for g in m.g)]
+        if rows:
+            first.setdefault("gradient", min(rows))
+        return first
+
+    @cached_property
+    def _all_skipped(self) -> bool:
+        """Whether a loss scaler skipped every step in which something was non-finite."""
+        skips = [e.n for e in self.journal.named("skip") if e.o in (None, self.id)]
+        events = {e.n for e in self._nonfinite_events}
+        if not skips or not events or "weight" in {e.data.get("what") for e in self._nonfinite_events}:
+            return False
+        if sum(n is not None and n > self.steps for n in skips) > 2:
+            return False  # the run ended in them
+        dropped = self.journal.end.dropped if self.journal.end else {}
+        return events <= set(skips) and not dropped.get("nonfinite") and not self._bad_rows
 
     def _bad_share(self, start: int) -> float:
         for step, norms in self.measured:
@@ -232,12 +283,20 @@ class Training:
                 return sum(math.isnan(g) for g in known) / len(known)
         return 0.0
 
-    def _is_bad_at_the_end(self, start: int, share: float, *, weights: bool) -> bool:
-        after = [b for b in self.losses if b.n > start]
-        if after:
-            return after[-1].loss is None
+    def _is_bad_at_the_end(self, start: int, *, weights: bool) -> bool:
+        """Whether what is non-finite since `start` was so to the end, as far as the journal tells."""
+        if self.last_loss is not None and not math.isfinite(self.last_loss):
+            return True
+        events = [e for e in self._nonfinite_events if self.last_loss is None or e.data.get("what") == "grad"]
+        if any((e.n or 0) >= self.steps for e in events):
+            return True  # the last update was such a one
         later = next((step for step, _ in self.measured), 0)
-        return share > 0 if later > start else weights
+        after = [b for b in self.losses if b.n > start]
+        if self.last_loss is None and after and (after[-1].loss is None or not after[-1].bad):
+            return after[-1].loss is None
+        if later > start:
+            return self._bad_share(start) > 0
+        return weights and self.last_loss is None
 
     def milliseconds(self) -> tuple[float, float, float, float] | None:
         """Return mean ms a step: whole, backward, optimizer, data; without the first steps where there are more."""

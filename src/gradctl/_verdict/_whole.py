@@ -11,7 +11,7 @@ from gradctl._results import Finding
 from gradctl._verdict._facts import Facts
 from gradctl._verdict._fixes import finding
 from gradctl._verdict._health import STEPS_TO_JUDGE
-from gradctl._verdict._training import Training, field, short_name
+from gradctl._verdict._training import Training, field, short_name, whole
 from gradctl._verdict._words import count, milliseconds, percent, seconds, size
 
 SAVED_SHARE = 0.3
@@ -223,10 +223,35 @@ def journal_file(facts: Facts) -> Iterator[Finding]:
         )
 
 
+def never_stepped(facts: Facts) -> Iterator[Finding]:
+    """An optimizer that was made and whose step() was never called although backwards were run."""
+    if facts.failure is not None or facts.record is None or facts.record.grad == "off":
+        return  # a script that failed between its first backward and its first step has forgotten nothing
+    stepped = any(t.record.source == "optimizer" for _, found in facts.by_rank for t in found)
+    for journal in facts.ranks:
+        for event in journal.named("never_stepped"):
+            backwards = whole(event.data.get("backwards"), 0)
+            if not backwards:
+                continue
+            severity = "note" if stepped else "error" if backwards >= 3 else "warning"
+            cls = short_name(field(event.data, "cls")) or "An optimizer"
+            yield finding(
+                "never-stepped",
+                severity,
+                f"{cls} was made and never stepped"
+                + ("" if stepped else f": {count(backwards, 'backward pass', 'backward passes')} changed nothing"),
+                "Other optimizers did step." if stepped else "Gradients were computed and never used.",
+                measured={"backwards": backwards},
+            )
+            return
+
+
 def not_seen(facts: Facts) -> Iterator[Finding]:
     """Training that happened where it could not be recorded."""
     if facts.training is not None or facts.record is None or facts.record.grad == "off" or facts.failure is not None:
         return  # a script that failed before its first step has hidden nothing
+    if any(True for _ in never_stepped(facts)):
+        return  # that is the reason, and it is told
     for what, why in missed(facts)[:1]:
         yield finding(
             "not-seen",
@@ -248,6 +273,7 @@ def missed(facts: Facts) -> list[tuple[str, str]]:
 
 
 RULES: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
+    never_stepped,
     not_seen,
     torn_steps,
     rank_steps,

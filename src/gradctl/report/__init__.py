@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradctl._errors import UsageError
+from gradctl._errors import RunDirectoryError, UsageError
 from gradctl._journal import Run
 from gradctl.report._summary import summary
 
@@ -17,25 +17,53 @@ if TYPE_CHECKING:
 
     from gradctl._verdict import Verdict
 
-__all__ = ["draw_at_exit", "draw_terminal", "summary", "write_page"]
+__all__ = ["draw_at_exit", "draw_terminal", "load", "summary", "write_page"]
 
 PAGE = "report.html"
 
 
-def draw_terminal(run: Run, *, console: Console, page: Path | None = None) -> Verdict:
+def load(run_dir: str | os.PathLike[str]) -> Run:
+    """Read a run directory that is to be shown.
+
+    Args:
+        run_dir: the directory.
+
+    Returns:
+        The run; at least one of its journals holds a record.
+
+    Raises:
+        RunDirectoryError: there is no such directory, or no journal in it, or its journals are empty.
+        BadJournal: no journal in it can be read.
+    """
+    run = Run.load(run_dir)
+    if all(
+        j.run is None and j.end is None and not (j.optimizers or j.blocks or j.rows or j.events) for j in run.journals
+    ):
+        empty = len(run.journals) == 1
+        raise RunDirectoryError(
+            f"{run.directory} holds no run",
+            why=f"{'its journal is' if empty else 'its journals are'} empty: the program was stopped before anything "
+            "was recorded, or has only just begun",
+            fix="run the program again, or look again in a second",
+        )
+    return run
+
+
+def draw_terminal(run: Run, *, console: Console, page: Path | None = None, kept: bool = False) -> Verdict:
     """Print what a run's gradients did, the verdict first.
 
     Args:
         run: a run directory, read.
         console: where to print; plain text where it is no terminal.
         page: the HTML page to name, if there is one.
+        kept: the page was there before and was not drawn again.
 
     Returns:
         The verdict that was printed.
     """
     from gradctl.report import _terminal
 
-    return _terminal.draw(run, console=console, page=page)
+    return _terminal.draw(run, console=console, page=page, kept=kept)
 
 
 def write_page(run: Run, path: str | os.PathLike[str], *, force: bool = True) -> Path:

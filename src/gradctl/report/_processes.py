@@ -149,4 +149,4 @@ def ended(journal: Journal) -> str:
         return f"{name}, exit {end.code}" if end.code is not None else name
     if end.how == "stopped":
         return "recording stopped"
-    return f"exit {end.code}" if end.code is not None else end.how or "ended"
+    return f"exit {end.code}" if end.code is not None else "exit code not known"

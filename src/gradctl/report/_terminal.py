@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from gradctl._journal import Journal, Run
+from gradctl._journal import End, Journal, Run
 from gradctl._results import Finding
-from gradctl._verdict import Facts, Training, Verdict, judge_facts, lateness
+from gradctl._verdict import Facts, Training, Verdict, judge_facts, lateness, missed
 from gradctl._verdict._loss import trend
 from gradctl._verdict._training import command, trainings
 from gradctl._verdict._words import count, milliseconds, number, percent, seconds
@@ -26,13 +26,14 @@ SEVERITIES = {"error": ("bad", "red"), "warning": ("look", "yellow"), "note": ("
 Row = tuple[str, ...]
 
 
-def draw(run: Run, *, console: Console, page: Path | None = None) -> Verdict:
+def draw(run: Run, *, console: Console, page: Path | None = None, kept: bool = False) -> Verdict:
     """Print the verdict of `run`.
 
     Args:
         run: a run directory, read.
         console: where to; plain text where it is no terminal.
         page: the HTML page, if there is one to name.
+        kept: the page was there before and is not of now.
 
     Returns:
         The verdict that was printed.
@@ -54,8 +55,13 @@ def draw(run: Run, *, console: Console, page: Path | None = None) -> Verdict:
             lines.gap()
             lines.table(head, rows)
     lines.gap()
+    unseen = missed(facts)
+    if unseen:
+        what, why = unseen[0]
+        more = f"; and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+        lines.say(f"unseen   {what}{f' ({why})' if why else ''}{more}", "yellow", indent=2, hang=9)
     if page is not None:
-        lines.unbroken(f"  report   {page}")
+        lines.unbroken(f"  report   {page}{'  (kept; --force draws it again)' if kept else ''}")
     lines.unbroken(f"  journal  {verdict.main.path if verdict.main else run.directory}")
     return verdict
 
@@ -128,7 +134,7 @@ def meta(facts: Facts) -> str:
     if end is None:
         ended = "running" if facts.still_running else "no end record"
     else:
-        ended = f"exit {end.code}" if end.code is not None else end.how or "ended"
+        ended = exit_of(end)
     parts = [clean(command(record, short=True), most=120), ended]
     if end is not None and end.wall > 0 and math.isfinite(end.wall):
         parts.append(seconds(end.wall))
@@ -214,7 +220,14 @@ def ended(journal: Journal) -> str:
     """How one process ended, in a word or two."""
     if journal.end is None:
         return "no end record"
-    return f"exit {journal.end.code}" if journal.end.code is not None else journal.end.how or "ended"
+    return exit_of(journal.end)
+
+
+def exit_of(end: End) -> str:
+    """The exit code, or that nobody knows it; a recording that was stopped in mid-program has none."""
+    if end.code is not None:
+        return f"exit {end.code}"
+    return "stopped" if end.how == "stopped" else "exit code not known"
 
 
 def _layers(facts: Facts) -> tuple[Row, list[Row]]:
