@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Events:
         self._name = name
         self._outside: dict[int, weakref.ref[Tensor]] = {}
         self._outside_written = 0
+        self._skips = 0
 
     def nonfinite(self, state: OptimizerState, step: int, indexes: Sequence[int], of: int, what: str = "grad") -> None:
         """Write that the gradients (or weights) `indexes` of `of` tensors hold NaN or inf in `step`."""
@@ -74,11 +75,24 @@ class Events:
 
     def skip(self, state: OptimizerState | None, step: int, scale: float | None) -> None:
         """Write that a scaler skipped the update of `step`."""
+        self._skips += 1
         fields: dict[str, Any] = {"scale": scale}
         if state is not None:
             fields["o"] = state.o
             state.skips += 1
         self._journal.event("skip", n=step, **fields)
+
+    def never_stepped(self, made: Mapping[str, int], backwards: int) -> None:
+        """Write that backwards ran, and that no optimizer of all that were made has been asked for a step.
+
+        Args:
+            made: how many optimizers of each class were made.
+            backwards: accumulating backwards in all.
+        """
+        if self._skips:
+            return  # the program asked, and its scaler skipped every step
+        for cls, count in made.items():
+            self._journal.event("never_stepped", cls=cls, backwards=backwards, count=count)
 
     def none(self, state: OptimizerState) -> None:
         """Write which parameters have never got a gradient, if that is other than what was written last."""

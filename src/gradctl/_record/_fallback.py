@@ -17,9 +17,11 @@ from torch import Tensor
 
 from gradctl import _saved
 from gradctl._record._blocks import ATOMS, BACKWARD
+from gradctl._record._faults import Faults
+from gradctl._record._gradients import exact_norm, local_part, stacked_norms
 from gradctl._record._hot import Hot
 from gradctl._record._norms import NormTier, book_norm_cost
-from gradctl._record._quiet import Quiet
+from gradctl._record._quiet import Quiet, is_capturing
 from gradctl._record._rows import RowTier
 from gradctl._record._state import Costs, OptimizerState
 
@@ -46,9 +48,13 @@ class Stand:
         drain: Callable[[float], None],
         schedule_row: Callable[[OptimizerState, float, float], None],
         stop: Callable[[OptimizerState, int, Any], BaseException | None],
+        stops: bool,
+        faults: Faults,
+        older_exist: Callable[[set[int] | None], bool],
     ) -> None:
+        self.older_exist = older_exist
         self.hot, self.stamps, self.clock, self.norms, self.rows = hot, stamps, clock, norms, rows
-        self.costs, self.meter = costs, costs.meter
+        self.costs, self.meter, self.stops, self.faults = costs, costs.meter, stops, faults
         self.new_state, self.describe, self.optimizers_exist = new_state, describe, optimizers_exist
         self.drain, self.schedule_row, self.stop = drain, schedule_row, stop
 
@@ -64,6 +70,8 @@ class BackwardStream:
         self._thread = threading.get_ident()
         self._early: dict[int, weakref.ref[Tensor]] = {}
         self._params: list[weakref.ref[Tensor]] = []
+        self._norms: dict[int, float] = {}
+        self._looks = 0
         self._lasting = False
 
     # -- through torch's engine ---------------------------------------------------------------------------------------
@@ -83,13 +91,36 @@ class BackwardStream:
             return None
         self._count += 1
         if self.state is None:
-            if self._count >= DECIDE_AFTER - 1:
-                self._look_at_leaves(outputs)
-            wanted = DECIDE_AFTER_CREATED if self._stand.optimizers_exist() else DECIDE_AFTER
-            if self._count < wanted:
+            has_optimizer = self._stand.optimizers_exist()
+            wanted = DECIDE_AFTER_CREATED if has_optimizer else DECIDE_AFTER
+            # Two looks tell parameters, which last, from inputs. Beside an optimizer, which mostly steps after one
+            # backward, the first is not worth it.
+            looks = not has_optimizer or self._count in (2, 3) or self._count >= wanted - 1
+            bad = looks and self._peek(outputs)
+            if self._count < wanted and (has_optimizer or not bad):
+                return None
+            if not has_optimizer and self._stand.older_exist(set(self._early)):
                 return None
             self.decide()
         return self._step(outputs)
+
+    def bad_loss(self) -> OptimizerState | None:
+        """Return the state whose step the coming backward is, now that its loss is NaN or inf; None if it is unknown.
+
+        Without an optimizer there is nothing to wait for any more: its steps are the backwards.
+        """
+        if self.over:
+            return None
+        stand = self._stand
+        if self.state is None and not stand.optimizers_exist() and not stand.older_exist(None):
+            self.decide(pending=0)
+        if self.state is not None:
+            self.state.next_norm = min(self.state.next_norm, self.state.steps)
+        return self.state
+
+    def params(self) -> list[Tensor]:
+        """Return the parameters that are known and alive."""
+        return self._present()
 
     def end(self) -> None:
         """An optimizer steps after all: these backwards are its."""
@@ -98,9 +129,13 @@ class BackwardStream:
             self.state.gone = True
             self.state.drop()
 
-    def decide(self) -> None:
-        """Take the backwards so far, and those to come, as steps."""
-        if self.state is not None or self.over or not self._count:
+    def decide(self, *, pending: int = 1) -> None:
+        """Take the backwards so far, and those to come, as steps.
+
+        Args:
+            pending: how many of the last ones get their stamp from the step that they are.
+        """
+        if self.state is not None or self.over:
             return
         stand = self._stand
         state = self.state = stand.new_state("backward")
@@ -109,22 +144,50 @@ class BackwardStream:
         for start in range(0, len(stamps), ATOMS):
             atoms = stamps[start : start + ATOMS]
             stand.stamps.extend(atoms)
-            # The last backward gets its stamp from the step that it is.
-            if atoms[0] == BACKWARD and state.steps < self._count - 1:
+            if atoms[0] == BACKWARD and state.steps < self._count - pending:
                 state.steps += 1
                 stand.stamps.extend((state.o, atoms[1], atoms[3], atoms[3], None))
         state.next_norm = state.next_row = state.steps
 
     def finish(self) -> None:
         """At the end of the program: what was too short to be decided is decided now."""
-        if self.state is None and self._count and not self.over:
-            self.decide()
-            assert self.state is not None
-            self._params = list(self._early.values())
-            self._stand.describe(self.state, self._present())
-            now = self._stand.clock()
-            self.state.steps += 1
-            self._stand.stamps.extend((self.state.o, threading.get_ident(), now, now, None))
+        if self.state is not None or not self._count or self.over:
+            return
+        self.decide(pending=0)
+        state = self.state
+        assert state is not None
+        self._params = list(self._early.values())
+        params = self._present()
+        self._stand.describe(state, params)
+        # They were looked at right after their backward; by now the program may have let go of the gradients.
+        peak = [self._norms.get(id(param)) for param in params]
+        state.never.clear()  # so few looks prove of no parameter that it is not reached
+        if any(norm is not None for norm in peak):
+            state.peak, state.measured = list(peak), self._looks
+
+    def _peek(self, outputs: Any) -> bool:
+        """Look at what a backward reached before it is decided what it is; return whether a gradient is NaN or inf."""
+        begin = self._stand.meter()
+        self._look_at_leaves(outputs)
+        self._looks += 1
+        bad = False
+        if not is_capturing():
+            with Quiet():
+                for leaf in self._present():
+                    grad = leaf.grad
+                    local = None if grad is None else local_part(grad)
+                    if local is None or not local.numel():
+                        continue
+                    norm = float(stacked_norms([local]))
+                    if norm == 0.0 or norm - norm != 0.0:
+                        norm = exact_norm(local)
+                    bad = bad or norm != norm
+                    old = self._norms.get(id(leaf), 0.0)
+                    self._norms[id(leaf)] = norm if norm != norm or norm > old else old
+        seconds = self._stand.meter() - begin
+        self._stand.costs.spent += seconds
+        self._stand.costs.one_off += seconds
+        return bad
 
     def _look_at_leaves(self, outputs: Any) -> None:
         leaves = _saved.leaves([output for output in outputs if isinstance(output, Tensor)])
@@ -168,7 +231,7 @@ class BackwardStream:
             book_norm_cost(state, cost)
             if not samples:
                 stand.costs.spent += cost
-            state.next_norm = state.steps + state.norm_gap
+            state.next_norm = number if stand.stops else state.steps + state.norm_gap
             if samples:
                 stand.rows.sketch_weights(state, params, number)
                 stand.rows.take_gradients(state, reading)
@@ -191,13 +254,20 @@ class BackwardStream:
         def backward(context: Any, roots: Any, *args: Any, **kwargs: Any) -> Any:
             begin = self._stand.clock()
             result = inner(context, roots, *args, **kwargs)
-            self.rpc_step(context, roots, begin)
+            stop = None
+            try:
+                if "backward" not in self._stand.faults.off:
+                    stop = self.rpc_step(context, roots, begin)
+            except Exception as error:
+                self._stand.faults.caught("backward", error)
+            if stop is not None:
+                raise stop
             return result
 
         return backward
 
-    def rpc_step(self, context: Any, roots: Any, begin: float) -> None:
-        """Take one backward over RPC as a step of this process."""
+    def rpc_step(self, context: Any, roots: Any, begin: float) -> BaseException | None:
+        """Take one backward over RPC as a step of this process; return the error to raise, if that was asked for."""
         distributed_autograd: Any = importlib.import_module("torch.distributed.autograd")
         stand = self._stand
         state = self.state
@@ -205,7 +275,7 @@ class BackwardStream:
             state = self.state = stand.new_state("rpc")
         now = stand.clock()
         gradients: dict[Tensor, Tensor] = distributed_autograd.get_gradients(context)
-        loss = None
+        loss = reading = None
         with Quiet():
             if roots and roots[0].is_cpu and roots[0].numel() == 1:
                 loss = float(roots[0])
@@ -213,11 +283,12 @@ class BackwardStream:
             if [id(param) for param in params] != state.keys:
                 stand.describe(state, params)
             if state.steps >= state.next_norm:
-                stand.norms.read(state, [gradients[param] for param in params], state.steps + 1)
-                state.next_norm = state.steps + state.norm_gap
+                reading = stand.norms.read(state, [gradients[param] for param in params], state.steps + 1)
+                state.next_norm = state.steps + (1 if stand.stops else state.norm_gap)
         state.steps += 1
         ident = threading.get_ident()
         stand.stamps.extend((BACKWARD, ident, begin, now, loss))
         stand.stamps.extend((state.o, ident, now, now, None))
         if state.steps >= state.flush_at or now > state.flush_time:
             stand.drain(now)
+        return stand.stop(state, state.steps, reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 import weakref
@@ -65,6 +66,8 @@ class Recorder:
         self.by_number: dict[int, OptimizerState] = {}
         self._optimizers: dict[int, weakref.ref[Any]] = {}
         self._created: dict[int, weakref.ref[Any]] = {}
+        self._made: dict[str, int] = {}
+        self._older: list[weakref.ref[Any]] | None = None
         self._handles: list[Any] = []
         self._lock = threading.RLock()
         self._names = NameBook()
@@ -152,7 +155,24 @@ class Recorder:
                 self._not_seen[what] = f"this torch has no place to listen: {error}"
 
     def drain(self) -> None:
-        """Write what has been seen so far, up to the open blocks."""
+        """Write what has been seen so far, open blocks too, so that a reader of the journal knows every step.
+
+        Nothing is decided by it: whether backwards are the steps of a program without an optimizer stays open.
+        """
+        with self._lock:
+            try:
+                if not self.by_number:
+                    return
+                now = self._clock()
+                self._drain_now(now)
+                for state in self.by_number.values():
+                    self._drain.close(state, now)
+                self.journal.flush()
+            except Exception as error:
+                self.faults.caught("drain", error)
+
+    def settle(self) -> None:
+        """At the end of the program: decide what was left open, so that the journal is begun if there is a record."""
         with self._lock:
             try:
                 if not self._stream.over and self._hot.latest is None:
@@ -173,7 +193,7 @@ class Recorder:
             return
         self._finished = True
         self._stop_listening()
-        self.drain()
+        self.settle()
         try:
             self._last_words(how, code, exc)
         except Exception as error:
@@ -198,6 +218,7 @@ class Recorder:
         self.costs.first_step = None
         self.costs.spent = self.costs.one_off = 0.0
         self._functorch = self._uncounted = 0
+        self._made.clear()
         if self._handles and "all" not in self.faults.off:
             self._hot.before_backward = self._before_backward
             self._hot.after_backward = self._after_backward
@@ -243,11 +264,18 @@ class Recorder:
     def _wrap_created(self, inner: Any) -> Any:
         def created(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             result = inner(optimizer, *args, **kwargs)
-            key = id(optimizer)
-            self._created[key] = weakref.ref(optimizer, lambda _: self._created.pop(key, None))
+            self._remember(optimizer)
             return result
 
         return created
+
+    def _remember(self, optimizer: Any) -> None:
+        key = id(optimizer)
+        if key in self._created:
+            return
+        self._created[key] = weakref.ref(optimizer, lambda _: self._created.pop(key, None))
+        kind = type(optimizer).__name__
+        self._made[kind] = self._made.get(kind, 0) + 1
 
     def _number_state(self, cls: str, source: str) -> OptimizerState:
         state = OptimizerState(len(self.by_number), cls, threading.current_thread().name, source)
@@ -297,8 +325,29 @@ class Recorder:
                 drain=self._drain_now,
                 schedule_row=self._sampling.schedule_row,
                 stop=self._sampling.stop_for,
+                stops=self._sampling.stops,
+                faults=self.faults,
+                older_exist=self._older_exist,
             )
         )
+
+    def _older_exist(self, leaves: set[int] | None) -> bool:
+        """Whether there are optimizers from before recording began; those that hold one of `leaves` are remembered."""
+        if self._older is None:
+            begin = self.costs.meter()
+            kind: Any = torch.optim.Optimizer
+            found = [weakref.ref(thing) for thing in gc.get_objects() if issubclass(type(thing), kind)]
+            self._older = found
+            seconds = self.costs.meter() - begin
+            self.costs.spent += seconds
+            self.costs.one_off += seconds
+        older = [optimizer for optimizer in (reference() for reference in self._older) if optimizer is not None]
+        if leaves is None:
+            return bool(older)
+        holders = [one for one in older if leaves & {id(param) for param in parameters_of(one)}]
+        for optimizer in holders:
+            self._remember(optimizer)
+        return bool(holders)
 
     def _bind(self, state: OptimizerState, optimizer: Any) -> None:
         self._describe_again(state, parameters_of(optimizer), optimizer)
@@ -317,18 +366,23 @@ class Recorder:
     def _bad_loss(self) -> None:
         """A loss is NaN or inf: say so, and look at the gradients of the step that comes."""
         state = self._hot.latest
+        if state is None:
+            state = self._stream.bad_loss()
         if state is not None and state.loss_bad > EVENTS_KEPT:  # the run is lost: only count
             self.journal.event("nonfinite")
             return
         for other in list(self.states.values()):
             other.next_norm = min(other.next_norm, other.steps)
-        optimizer = self._optimizer(state)
-        params = parameters_of(optimizer) if optimizer is not None else []
-        self._events.bad_loss(state, state.steps + 1 if state is not None else 1, params)
+        self._events.bad_loss(state, state.steps + 1 if state is not None else 1, self._parameters(state))
 
     def _late_bad_loss(self, state: OptimizerState, step: int) -> None:
+        self._events.bad_loss(state, step, self._parameters(state))
+
+    def _parameters(self, state: OptimizerState | None) -> list[Tensor]:
+        if state is not None and state is self._stream.state:
+            return self._stream.params() if state.described else []
         optimizer = self._optimizer(state)
-        self._events.bad_loss(state, step, parameters_of(optimizer) if optimizer is not None else [])
+        return parameters_of(optimizer) if optimizer is not None else []
 
     def _optimizer(self, state: OptimizerState | None) -> Any:
         reference = self._optimizers.get(state.o) if state is not None else None
@@ -445,6 +499,8 @@ class Recorder:
                 self._events.none(state)
             self._events.stall(state)
         self._events.unoptimized({id(param) for param in self._all_parameters()})
+        if all(state.source == "backward" for state in states) and self._drain.backwards and not self._uncounted:
+            self._events.never_stepped(self._made, self._drain.backwards)
         if self._hot.latest is not None:
             self._ddp.ask(self._hot.latest.steps, last=True)
         unseen = not_seen(
