@@ -56,8 +56,8 @@ def test_verbs_and_options_are_frozen() -> None:
     }
     assert found == {
         "run": [
-            "--force", "--grad", "--lines", "--name", "--no-report", "--on-nonfinite", "--out", "--policy", "--quiet",
-            "--watch-steps", "-q",
+            "--budget", "--force", "--grad", "--lines", "--name", "--no-report", "--on-nonfinite", "--out", "--policy",
+            "--quiet", "--watch-steps", "-q",
         ],
         "report": ["--force", "--json", "-o"],
         "env": ["--json"],
@@ -168,7 +168,8 @@ def test_our_options_and_the_interpreters_may_be_mixed_before_the_script(
     capsys: pytest.CaptureFixture[str], started: list[tuple[tuple[str, ...], Policy, str]]
 ) -> None:
     words = (
-        "-q -O --grad off -W ignore --out=d --name n -u --watch-steps 7 --on-nonfinite stop --lines --no-report --force"
+        "-q -O --grad off -W ignore --out=d --name n -u --watch-steps 7 --on-nonfinite stop --lines --no-report --force "
+        "--budget 0.02"
     )
     call(capsys, "run", *words.split(), "x.py", "--name", "theirs")
     assert started == [
@@ -184,6 +185,7 @@ def test_our_options_and_the_interpreters_may_be_mixed_before_the_script(
                 report=False,
                 quiet=True,
                 force=True,
+                budget=0.02,
             ),
             "x.py",
         )

@@ -283,9 +283,12 @@ def test_of_two_threads_that_start_one_switch_one_does() -> None:
         assert records()
 
 
-def test_a_negative_wait_is_refused() -> None:
+def test_a_wait_that_is_no_time_is_refused() -> None:
     with pytest.raises(gradctl.UsageError, match=r"drain_seconds=-1"):
         gradctl.off(drain_seconds=-1)
+    for wrong in ("x", "30", None, float("nan")):
+        with pytest.raises(gradctl.UsageError, match="drain_seconds"):
+            gradctl.off(drain_seconds=wrong)  # type: ignore[call-overload]
 
 
 @settings(max_examples=40)

@@ -113,6 +113,17 @@ def test_a_subprocess_is_given_the_variable_however_it_is_started() -> None:
     assert _python("-c", code, env=given) == (None, "1")
 
 
+def test_a_gradctl_run_started_inside_says_so_in_its_journal_and_in_its_refusal(tmp_path: Path) -> None:
+    code = "import gradctl, torch; print(gradctl.is_off()); torch.ones(2, requires_grad=True).sum().backward()"
+    command = [sys.executable, "-m", "gradctl", "run", "-q", "--no-report", "--out", str(tmp_path / "run"), "-c", code]
+    with gradctl.off():
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "True\n")
+    assert "why   switched off by the process that started this one\n" in done.stderr
+    head = json.loads((tmp_path / "run" / "journal.rank0.jsonl").read_text().splitlines()[0])
+    assert head["grad"] == "off"
+
+
 @pytest.mark.slow
 def test_a_python_subprocess_started_afterwards_is_on() -> None:
     with gradctl.off():

@@ -257,6 +257,8 @@ def test_two_hooks_that_switch_at_the_same_time_do_not_wait_for_each_other() -> 
         y.register_hook(hook)
         try:
             y.sum().backward()
+        except gradctl.SwitchFailed:
+            finished.append("waited for the other")
         except gradctl.BackwardRefused:
             finished.append("refused")  # the other one kept gradients off during the rest of this backward
         else:
@@ -264,13 +266,12 @@ def test_two_hooks_that_switch_at_the_same_time_do_not_wait_for_each_other() -> 
             finished.append("whole")
 
     threads = [threading.Thread(target=train) for _ in range(2)]
-    began = time.monotonic()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(finished) == 2
-    assert time.monotonic() - began < 20  # neither ran into its time-out
+    assert "waited for the other" not in finished
     assert records()
 
 
@@ -418,10 +419,12 @@ def test_a_forked_child_does_not_wait_for_a_backward_of_its_parent() -> None:
     thread, go = _held_backward(leaf())
     pid = os.fork()
     if pid == 0:
-        began = time.monotonic()
-        with gradctl.off(drain_seconds=5):
-            fine = not records()
-        os._exit(0 if fine and time.monotonic() - began < 5 else 1)
+        fine = False
+        try:
+            with gradctl.off(drain_seconds=5):  # SwitchFailed if it waits for a thread that it does not have
+                fine = not records()
+        finally:
+            os._exit(0 if fine else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     go.set()
     thread.join()

@@ -5,6 +5,7 @@ A page that tells what is no longer so fails here, not at a reader's.
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import subprocess
@@ -45,7 +46,7 @@ def test_every_command_that_is_shown_is_understood(name: str) -> None:
         if verb == "run":
             ours, _ = _cli.split_run_arguments(
                 words[2:],
-                value_options=frozenset({"--grad", "--out", "--name", "--policy", "--watch-steps", "--on-nonfinite"}),
+                value_options=frozenset({o for p in command.params for o in p.opts if not getattr(p, "is_flag", True)}),
             )
             shown = [word for word in ours if word.startswith("-")]
         else:
@@ -133,4 +134,11 @@ def test_everything_that_is_intercepted_is_listed_in_the_internals() -> None:
 def test_every_error_is_documented() -> None:
     listed = set(re.findall(r"`gradctl\.(\w+)`", PAGES["docs/errors.md"]))
     errors = {name for name in gradctl.__all__ if isinstance(getattr(gradctl, name), type)}
-    assert listed == {name for name in errors if issubclass(getattr(gradctl, name), gradctl.GradctlError)}
+    assert listed == {name for name in errors if issubclass(getattr(gradctl, name), gradctl.GradctlError | Warning)}
+
+
+def test_the_names_of_the_policy_are_the_same_in_the_file_as_flags_and_as_keywords() -> None:
+    keys = set(_policy.Policy.__dataclass_fields__) - {"source"}
+    flags = {parameter.name for parameter in _cli.gradctl.commands["run"].params}
+    assert flags - {"policy", "command"} == keys
+    assert set(inspect.signature(gradctl.record).parameters) == keys

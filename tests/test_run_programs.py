@@ -213,16 +213,45 @@ def test_ranks_share_the_directory_that_they_are_told(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "here")) == ["journal.rank0.jsonl", "journal.rank1.jsonl", "report.html"]
 
 
+TORCHRUN = (
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"),
+)
+
+
+@pytest.mark.distributed
+def test_torchrun_starts_ranks_through_gradctl_and_gets_the_code_of_the_one_that_fails(tmp_path: Path) -> None:
+    # Ranks that import no torch start at once; those that train are in the slow test below.
+    script = tmp_path / "rank.py"
+    script.write_text("import os, sys\nsys.exit(7 if os.environ['RANK'] == '1' else 0)\n")
+    ours = launch([*TORCHRUN, "-m", "gradctl", "run", "rank.py"], tmp_path)
+    assert ours.code == 1
+    assert "exitcode  : 7" in ours.stderr
+    assert "rank      : 1" in ours.stderr
+    assert not (tmp_path / "gradctl-runs").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_torchrun_gets_the_exit_code_of_its_rank(tmp_path: Path) -> None:
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713"]
-    ours = launch([*run, "-m", "gradctl", "run", SCRIPTS / "rank.py", "7"], tmp_path)
-    theirs = launch([*run, SCRIPTS / "rank.py", "7"], tmp_path)
+    ours = launch([*TORCHRUN, "-m", "gradctl", "run", SCRIPTS / "rank.py", "7"], tmp_path)
+    theirs = launch([*TORCHRUN, SCRIPTS / "rank.py", "7"], tmp_path)
     assert ours.code == theirs.code == 1
     assert "exitcode  : 7" in theirs.stderr
     assert "exitcode  : 7" in ours.stderr
     assert list(journals(run_directory(tmp_path))) == ["journal.rank0.jsonl", "journal.rank1.jsonl"]
+
+
+def test_a_python_child_is_recorded_with_no_torch_in_its_parent(tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(
+        "import subprocess, sys\nchild = 'from training import steps; steps(3)'\n"
+        "print(subprocess.run([sys.executable, '-c', child]).returncode)\n"
+    )
+    ours = recorded("-q", "--no-report", "parent.py", cwd=tmp_path, env=environment(PYTHONPATH=str(SCRIPTS)))
+    assert (ours.code, ours.stdout, ours.stderr) == (0, "0\n", "")
+    (lines,) = journals(run_directory(tmp_path)).values()
+    assert (lines[0]["start"], lines[0]["main"], num_steps(lines)) == ("child", False, 3)
+    assert lines[-1]["code"] == 0
 
 
 @pytest.mark.slow

@@ -235,6 +235,15 @@ def test_a_script_without_torch_gets_one_line_and_leaves_no_directory(tmp_path: 
     assert recorded("-q", "script.py", cwd=tmp_path).stderr == ""
 
 
+@pytest.mark.parametrize("command", [["script.py"], ["-m", "nomodule"], ["-c", "import sys; sys.exit(2)"]])
+def test_a_program_that_fails_before_torch_is_told_nothing_about_torch(tmp_path: Path, command: list[str]) -> None:
+    write(tmp_path / "script.py", "def f(:\n  pass")
+    ours, theirs = recorded(*command, cwd=tmp_path), plain(*command, cwd=tmp_path)
+    assert theirs.code != 0
+    assert (ours.code, ours.stderr) == (theirs.code, theirs.stderr)
+    assert not (tmp_path / "gradctl-runs").exists()
+
+
 def test_a_script_without_torch_dies_of_ctrl_c(tmp_path: Path) -> None:
     write(tmp_path / "script.py", ENDINGS["KeyboardInterrupt"])
     ours, theirs = recorded("script.py", cwd=tmp_path), plain("script.py", cwd=tmp_path)
@@ -341,6 +350,9 @@ def test_a_run_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.py", "print('ran')")
     write(tmp_path / "gradctl-runs", "a file")
     refused(recorded("train.py", cwd=tmp_path), "RunDirectoryError", "--out")
+    ours = recorded("--out", "train.py", "train.py", cwd=tmp_path)
+    refused(ours, "RunDirectoryError", "is a file", "--out")
+    assert "--force" not in ours.stderr
     refused(recorded("--out", "/proc/nothing", "train.py", cwd=tmp_path), "RunDirectoryError", "--out")
     refused(recorded("--out", "train.py/deep", "train.py", cwd=tmp_path), "RunDirectoryError", "--out")
 

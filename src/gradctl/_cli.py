@@ -208,6 +208,9 @@ def gradctl() -> None:
     help="At the first NaN or inf gradient; `stop` raises before the update.",
 )
 @click.option("--lines", is_flag=True, default=None, help="Record what backward remembers by source line.")
+@click.option(
+    "--budget", metavar="SHARE", type=float, help="Most of the wall time to spend on sampling.  [default: 0.01]"
+)
 @click.option("--no-report", "report", flag_value=False, is_flag=True, default=None, help="Draw no report at the end.")
 @click.option("-q", "--quiet", is_flag=True, default=None, help="Say nothing of our own on the terminal.")
 @click.option("--force", is_flag=True, default=None, help="Write into a run directory that already holds a run.")
@@ -242,22 +245,23 @@ def report(run_dir: str, page: str | None, json_file: str | None, force: bool) -
     Prints the summary and writes the page; one that is there already is kept unless --force is given.
     """
     from gradctl import report as view
-    from gradctl._journal import Run
 
-    recorded = Run.load(run_dir)
+    recorded = view.load(run_dir)
     if json_file is not None:
         _write_json(view.summary(recorded), json_file, force=force)
     drawn: Path | None = None
+    kept = False
     if page is not None:
         drawn = view.write_page(recorded, page, force=force)
     elif json_file is None:
         drawn = Path(run_dir) / view.PAGE
-        if force or not drawn.exists():
+        kept = drawn.exists() and not force
+        if not kept:
             view.write_page(recorded, drawn)
     if json_file != "-":
         from rich.console import Console
 
-        view.draw_terminal(recorded, console=Console(highlight=False), page=drawn)
+        view.draw_terminal(recorded, console=Console(highlight=False), page=drawn, kept=kept)
     return ExitCode.CLEAN
 
 

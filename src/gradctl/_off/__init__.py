@@ -6,6 +6,7 @@ Nothing is touched before the first use; torch is imported by it. How it works i
 from __future__ import annotations
 
 import functools
+import numbers
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -80,7 +81,7 @@ class off:  # noqa: N801  (a verb at the place of call, as torch.no_grad is)
     def __init__(
         self, function: Callable[..., Any] | None = None, /, *, strict: bool = False, drain_seconds: float = DRAIN
     ) -> None:
-        if not drain_seconds >= 0:
+        if not isinstance(drain_seconds, numbers.Real) or not drain_seconds >= 0:
             raise UsageError(
                 f"drain_seconds={drain_seconds!r}", what="a time of 0 seconds or more is needed", fix="drain_seconds=30"
             )
@@ -175,7 +176,7 @@ def start_from_environment(by: str = "the process that started this one") -> off
     """Switch off for the life of this process, because its parent said so; a second call does nothing.
 
     Args:
-        by: who that was, for the message of a refusal: "switched off at ...".
+        by: who that was, for the message of a refusal: "switched off by ...".
 
     Returns:
         The switch that holds gradients off.
@@ -183,6 +184,11 @@ def start_from_environment(by: str = "the process that started this one") -> off
     if not _from_environment:
         _from_environment.append(off())
     return _from_environment[0]._start(by)
+
+
+def began_off() -> bool:
+    """Return whether this process, or the one that it was forked from, has started with gradients off, and still is."""
+    return bool(_from_environment) and is_off()
 
 
 def uninstall() -> None:

@@ -21,9 +21,15 @@ strict = 0
 """How many of those that switched off asked for `strict`."""
 
 where = _site.NOWHERE
-"""The line that switched off."""
+"""The line that switched off; without a line, who did."""
 
 FIX = "keep the graph and do this after the switch is back on, or take it out of the part that runs with gradients off"
+
+
+def since() -> str:
+    """Return where gradients were switched off, or by whom where that is no line of this process."""
+    by = not where.line and where is not _site.NOWHERE
+    return f"off {'by' if by else 'at'} {where}"
 
 
 def refuse(what: str, *, fix: str = FIX) -> NoReturn:
@@ -35,6 +41,6 @@ def refuse(what: str, *, fix: str = FIX) -> NoReturn:
     raise BackwardRefused(
         f"{what} refused: gradients are switched off for this process",
         what=f"{_site.find()} [thread {threading.current_thread().name}]",
-        why=f"switched off at {where}",
+        why=f"switched {since()}",
         fix=fix,
     )

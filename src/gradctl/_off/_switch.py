@@ -172,7 +172,7 @@ def uninstall() -> None:
         if _holds:
             raise SwitchFailed(
                 "gradients are off",
-                what=f"switched off at {_state.where}",
+                what=f"switched {_state.since()}",
                 fix="leave every `with gradctl.off()` and remove() every switch first",
             )
         installed, _installed = _installed, None

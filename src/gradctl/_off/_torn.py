@@ -309,7 +309,7 @@ def _refuse_broken(node: str, mark: _Mark | None) -> None:
     _journal.emit("torn_step", thread=name, site=site.place())
     raise TornStep(
         f"backward refused in thread {name}: an operation of its graph was cut in half by the switch",
-        what=f"a node ({node}) was being recorded at the moment at which gradients went off (at {_state.where})",
+        what=f"a node ({node}) was being recorded at the moment at which gradients went off (switched {_state.since()})",
         why="it lacks what its backward reads; to run it would end the process",
         fix=_FIX,
     )
@@ -407,7 +407,7 @@ def _say(ident: int, mark: _Mark, lost: int, of: int) -> None:
     _journal.emit("torn_step", thread=name, site=mark.site.place())
     error = TornStep(
         f"a training step of thread {name} was cut by the switch: {lost} of {of} parameters got no gradient",
-        what=f"{where} was at {mark.site} when gradients were switched (off at {_state.where})",
+        what=f"{where} was at {mark.site} when gradients were switched ({_state.since()})",
         why="what ran while gradients were off is missing from its graph, and what lies before that with it",
         fix=_FIX,
     )

@@ -59,7 +59,7 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any, ...] | Non
         if speaks:
             if not_seen:
                 say(f"gradctl: nothing was recorded: {not_seen[0][1]}")
-            else:
+            elif not failed:  # one that failed has said why; it may never have come to its imports
                 say("gradctl: torch was never imported: nothing to record")
     finally:
         if interrupt is not None:

@@ -158,7 +158,9 @@ def _make_folder(directory: Path) -> None:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
     except FileExistsError as error:
-        raise _exists(directory, "a file of that name is there") from error
+        raise RunDirectoryError(
+            f"the run directory {directory} is a file", fix="name a directory: --out DIR, in Python out="
+        ) from error
     except OSError as error:
         raise _cannot(directory, error) from error
 
@@ -186,7 +188,9 @@ def _read(path: Path) -> str | None:
 
 def _exists(directory: Path, why: str) -> RunDirectoryError:
     return RunDirectoryError(
-        f"the run directory {directory} is in use", why=why, fix="name another with --out, or give --force"
+        f"the run directory {directory} is in use",
+        why=why,
+        fix="name another: --out DIR, or replace its run: --force (in Python: out=, force=True)",
     )
 
 
@@ -194,5 +198,5 @@ def _cannot(directory: Path, error: OSError) -> RunDirectoryError:
     return RunDirectoryError(
         f"cannot make the run directory {directory}",
         why=error.strerror or str(error),
-        fix="name one that you may write to: gradctl run --out DIR ...",
+        fix="name one that you may write to: --out DIR, in Python out=",
     )

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from gradctl import __version__
 from gradctl._journal import SCHEMA, JournalWriter
+from gradctl._off import began_off
 from gradctl._run import _directory
 from gradctl._run._redact import redact
 
@@ -139,7 +140,7 @@ class ProcessJournal(JournalWriter):
             "device": _device(torch),
             "threads": _number_of_threads(torch),
             "start": self.start,
-            "grad": self.settings.get("grad", "on"),
+            "grad": "off" if began_off() else self.settings.get("grad", "on"),
             "budget": self.settings.get("budget", 0.01),
         }
 

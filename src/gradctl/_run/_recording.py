@@ -7,6 +7,7 @@ import html
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 import weakref
@@ -18,7 +19,7 @@ from typing import Any
 from gradctl import _journal, _policy, _taps
 from gradctl._errors import UsageError
 from gradctl._journal import Journal, Run
-from gradctl._policy import OnNonfinite, Policy
+from gradctl._policy import Grad, OnNonfinite, Policy
 from gradctl._run import _at_exit, _directory, _launcher, _unseen
 from gradctl._run._process import ProcessJournal
 from gradctl._run._redact import redact
@@ -36,12 +37,16 @@ def record(
     on_nonfinite: OnNonfinite | None = None,
     lines: bool | None = None,
     budget: float | None = None,
+    grad: Grad | None = None,
+    force: bool | None = None,
 ) -> Recording:
     """Record what gradients do from here on, until the recording is stopped or the process ends.
 
     Recording begins with the call. Use the result as a context manager, or keep it and call `stop()`. What is None
     comes from the policy file. In a program that `gradctl run` has started, that run is already recording: the result
-    shows its journal, and stopping it does nothing.
+    shows its journal, and stopping it does nothing. How it records was said on the command line: `out`, `grad`,
+    `watch_steps`, `on_nonfinite`, `lines` and `budget` must agree with that, and `name`, `report`, `quiet` and `force`
+    mean nothing.
 
     Args:
         out: the run directory; by default `gradctl-runs/<script>-<UTC time>[-NAME]`.
@@ -52,32 +57,37 @@ def record(
         on_nonfinite: `stop` raises `NonFiniteGradient` before a NaN or inf gradient is applied.
         lines: record saved bytes by source line.
         budget: most of the wall time that sampling may use, as a share between 0 and 1.
+        grad: `off` switches gradients off until the recording stops, as `gradctl.off()` does.
+        force: write into a run directory that already holds a run.
 
     Returns:
         The recording.
 
     Raises:
-        UsageError: this process is recording already, or an argument does not fit.
+        UsageError: this process is recording already, an argument does not fit, or it differs from the `gradctl run`
+            that has started this program.
         RunDirectoryError: the run directory holds something already, or cannot be made.
     """
     global _current
-    policy = _policy.resolve(
-        keywords={
-            "out": os.fspath(out) if out is not None else None,
-            "name": name,
-            "report": report,
-            "quiet": quiet,
-            "watch_steps": watch_steps,
-            "on_nonfinite": on_nonfinite,
-            "lines": lines,
-            "budget": budget,
-        }
-    )
+    keywords = {
+        "out": os.fspath(out) if out is not None else None,
+        "name": name,
+        "report": report,
+        "quiet": quiet,
+        "watch_steps": watch_steps,
+        "on_nonfinite": on_nonfinite,
+        "lines": lines,
+        "budget": budget,
+        "grad": grad,
+        "force": force,
+    }
+    policy = _policy.resolve(keywords=keywords)
     importlib.import_module("torch")  # under `gradctl run` this makes the run listen, if it does not yet
     from gradctl._run import _attach
 
     run = _attach.listening()
     if run is not None:
+        _check_agreement({key for key, value in keywords.items() if value is not None}, policy, run.settings)
         return Recording(run.journal, run.recorder, policy, joined=True)
     if _current is not None:
         raise UsageError(
@@ -87,6 +97,25 @@ def record(
         )
     _current = _begin(policy)
     return _current
+
+
+def _check_agreement(given: set[str], policy: Policy, settings: Mapping[str, Any]) -> None:
+    """Refuse keywords that ask for something else than the run that is recording already."""
+    for key in ("out", "grad", "watch_steps", "on_nonfinite", "lines", "budget"):
+        asked, runs = getattr(policy, key), settings[key]
+        if key == "out":
+            asked = None if asked is None else os.path.abspath(asked)
+            # On a further host, and after a restart by the launcher, the run's own name for it is longer.
+            agrees = re.fullmatch(rf"{re.escape(asked or '')}(-node\d+)?(-restart\d+)?", runs) is not None
+        else:
+            agrees = asked == runs
+        if key in given and not agrees:
+            flag = f"--{key.replace('_', '-')}" + ("" if key == "lines" else f" {asked}")
+            raise UsageError(
+                f"record({key}={asked!r}) differs from the `gradctl run` that has started this program",
+                what=f"that run was started with {key}={runs!r}, and is recording",
+                fix=f"leave {key} out of record()" + (f", or start it with gradctl run {flag}" if asked else ""),
+            )
 
 
 class Recording:
