@@ -256,8 +256,11 @@ def test_ranks_that_all_end_alike_are_the_script(tmp_path: Path) -> None:
     assert two(tmp_path, {"code": 3}, {"code": 3}).sentence == "The script exited with code 3 after 20 steps."
 
 
-def test_figures_of_a_run_of_which_only_the_first_steps_were_watched_say_so(tmp_path: Path) -> None:
-    end = goodbye({0: 20}, tiers={"norm_every": 1, "rows": 5, "watched": 20})
+@pytest.mark.parametrize(
+    "told", [{"tiers": {"norm_every": 1, "watched": 20}}, {"not_seen": [["steps after step 20", "--watch-steps"]]}]
+)
+def test_figures_of_a_run_of_which_only_the_first_steps_were_watched_say_so(tmp_path: Path, told: Any) -> None:
+    end = goodbye({0: 20}, **told)
     found = verdict(journals.write(tmp_path, [trainer(20, loss=falling(4.0, 1.0))], end=end))
     assert found.sentence == "Gradients reach every parameter and the loss falls in the first 20 steps."
     assert figure(found, "steps") == ("20", "the first ones, no more were watched")

@@ -90,7 +90,12 @@ class Facts:
     def watched(self) -> int:
         """How many first steps were recorded, when `--watch-steps` ended the recording; 0 when it did not."""
         end = self.main.end if self.main else None
-        return whole(end.tiers.get("watched"), 0) if end else 0
+        if end is None:
+            return 0
+        told = [n for what, _ in end.not_seen if (n := what.removeprefix("steps after step ")) != what]
+        return whole(
+            end.tiers.get("watched"), int(told[0]) if told and told[0].isdecimal() and len(told[0]) < 16 else 0
+        )
 
     @property
     def several(self) -> bool:
