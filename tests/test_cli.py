@@ -168,8 +168,8 @@ def test_our_options_and_the_interpreters_may_be_mixed_before_the_script(
     capsys: pytest.CaptureFixture[str], started: list[tuple[tuple[str, ...], Policy, str]]
 ) -> None:
     words = (
-        "-q -O --grad off -W ignore --out=d --name n -u --watch-steps 7 --on-nonfinite stop --lines --no-report --force "
-        "--budget 0.02"
+        "-q -O --grad off -W ignore --out=d --name n -u --watch-steps 7 --on-nonfinite stop --lines --no-report "
+        "--force --budget 0.02"
     )
     call(capsys, "run", *words.split(), "x.py", "--name", "theirs")
     assert started == [

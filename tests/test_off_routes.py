@@ -50,8 +50,8 @@ def leaks(found: dict[str, dict[str, Any]]) -> set[str]:
     return {name for name, line in found.items() if set(line["marks"]) - {"flag"}}
 
 
-def check_off(names: list[str], **environment: str) -> None:
-    found = outcomes("off", names, **environment)
+def check_off(names: list[str], mode: str = "off", **environment: str) -> None:
+    found = outcomes(mode, names, **environment)
     assert leaks(found) <= set(DOCUMENTED), {name: found[name] for name in leaks(found) - set(DOCUMENTED)}
     assert not {name for name, line in found.items() if "zero" in line["marks"]}
     assert not {name for name, line in found.items() if not line["restored"]}
@@ -77,10 +77,12 @@ def test_there_are_107_routes_and_92_get_past_no_grad() -> None:
     assert set(DOCUMENTED) <= set(ROUTES)
 
 
-def test_no_route_in_this_process_gets_past_off_but_the_documented_ones() -> None:
-    check_off(FAST)
+@pytest.mark.parametrize("mode", ["again", pytest.param("off", marks=pytest.mark.slow)])
+def test_no_route_in_this_process_gets_past_off_but_the_documented_ones(mode: str) -> None:
+    check_off(FAST, mode)
 
 
+@pytest.mark.slow
 def test_every_route_leaks_without_a_switch_and_those_named_leak_past_no_grad() -> None:
     check_controls(FAST)
 

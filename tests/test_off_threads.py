@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import gc
+import importlib
 import multiprocessing.pool
 import os
 import queue
@@ -384,7 +385,7 @@ def test_a_turn_that_is_interrupted_by_another_is_finished_by_it(
 
 
 def test_a_fork_beside_a_toggling_thread_leaves_a_child_that_works() -> None:
-    import torch._dynamo.convert_frame  # whose lock a turn takes too
+    importlib.import_module("torch._dynamo.convert_frame")  # whose lock a turn takes too
 
     stop = threading.Event()
 

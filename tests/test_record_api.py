@@ -177,8 +177,9 @@ def test_under_gradctl_run_a_recording_joins_the_run(tmp_path: Path) -> None:
 def test_under_gradctl_run_a_recording_that_asks_for_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import gradctl\n"
-        "for asked in ({'on_nonfinite': 'stop'}, {'out': 'there'}, {'lines': True}, {'watch_steps': 3}, {'grad': 'off'}):\n"
-        "    try:\n        gradctl.record(**asked)\n"
+        "asked = {'on_nonfinite': 'stop', 'out': 'there', 'lines': True, 'watch_steps': 3, 'grad': 'off'}\n"
+        "for key, value in asked.items():\n"
+        "    try:\n        gradctl.record(**{key: value})\n"
         "    except gradctl.UsageError as error:\n        print(error)\n"
         "gradctl.record('here', on_nonfinite='continue', lines=False, budget=0.02, quiet=False, name='mine')\n"
     )

@@ -309,7 +309,7 @@ def _refuse_broken(node: str, mark: _Mark | None) -> None:
     _journal.emit("torn_step", thread=name, site=site.place())
     raise TornStep(
         f"backward refused in thread {name}: an operation of its graph was cut in half by the switch",
-        what=f"a node ({node}) was being recorded at the moment at which gradients went off (switched {_state.since()})",
+        what=f"a node ({node}) was being recorded when gradients went off (switched {_state.since()})",
         why="it lacks what its backward reads; to run it would end the process",
         fix=_FIX,
     )
