@@ -124,6 +124,15 @@ def test_a_fall_of_decades_in_a_toy_run_is_a_fall(tmp_path: Path, steps: int) ->
     assert found.sentence.endswith("the loss falls.")
 
 
+@pytest.mark.parametrize(("last", "falls"), [([0.05, 0.04, 0.06], True), ([0.2, 0.05, 0.35], False)])
+def test_a_fall_that_few_blocks_show_is_one_if_it_is_more_than_noise(
+    tmp_path: Path, last: list[float], falls: bool
+) -> None:
+    blocks = [one_block(1, 1, [0.33] * 3, 0), one_block(2, 1, [0.32] * 3, 0), one_block(3, 13, [0.25, 0.05, 0.3], 0)]
+    found = verdict(only_blocks(tmp_path, [*blocks, one_block(16, 5, last, 0)]))
+    assert found.sentence == "Gradients reach every parameter" + (" and the loss falls." if falls else ".")
+
+
 def test_one_lucky_batch_at_the_end_is_no_fall(tmp_path: Path) -> None:
     blocks = [one_block(n, 1, [1.0 if n < 60 else 1e-6] * 3, 0) for n in range(1, 61)]
     assert "falls" not in verdict(only_blocks(tmp_path, blocks, losses={"0": [1.0, 1e-6]})).sentence

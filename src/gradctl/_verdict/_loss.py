@@ -53,8 +53,10 @@ def trend(training: Training) -> Trend | None:
     steps = sum(c for _, c, *_ in finite)
     if _collapsed(finite, first, last):
         return Trend("falls", first, last)
-    if steps < FEWEST_STEPS or len(finite) < FEWEST_STEPS:
+    if steps < FEWEST_STEPS:
         return Trend("unclear", first, last)
+    if len(finite) < FEWEST_STEPS:  # fast steps share a block from the start
+        return Trend("falls" if _falls_in_few(finite) else "unclear", first, last)
     means, spread = _windows(finite)
     if _falls(means, spread):
         return Trend("falls", first, last)
@@ -70,6 +72,17 @@ def _collapsed(rows: list[tuple[int, int, float, float, float]], first: float, l
     return (
         max((mean for _, _, mean, _, _ in rows[-max(1, len(rows) // 4) :] if len(rows) > 1), default=0.0) < first / 10
     )
+
+
+def _falls_in_few(rows: list[tuple[int, int, float, float, float]]) -> bool:
+    """Whether block means fall from one to the next, by more than twice the range of the last three losses or more."""
+    if len(rows) < 2 or any(b[2] >= a[2] for a, b in pairwise(rows)):
+        return False
+    tail = next((rows[-k:] for k in range(1, len(rows)) if sum(row[1] for row in rows[-k:]) >= 3), [])
+    if not tail:
+        return False
+    low, high = min(row[3] for row in tail), max(row[4] for row in tail)
+    return rows[0][2] - high > max(2 * (high - low), 0.02 * abs(rows[0][2]))
 
 
 def _within(value: float) -> float:
