@@ -18,7 +18,7 @@ from starting import GRADCTL, SCRIPTS, environment, journal_lines, launch, plain
 
 def journals(directory: Path) -> dict[str, list[dict[str, Any]]]:
     """Every journal of a run directory, line by line."""
-    return {path.name: journal_lines(path) for path in sorted(directory.glob("journal.*"))}
+    return {path.name: journal_lines(path) for path in sorted(directory.glob("journal.*.jsonl"))}
 
 
 def num_steps(lines: list[dict[str, Any]]) -> int:
