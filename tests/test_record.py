@@ -827,3 +827,69 @@ def test_losses_on_a_device_are_read_at_the_drain(tmp_path: Path, monkeypatch: p
         flight.recorder._hot.scaled[-1] = (0, 0.0, 1.0)  # every loss is read the slow way
         losses, _ = train_mlp(20)
     assert losses_of(flight.journal) == pytest.approx(losses, rel=1e-3)
+
+
+def test_the_end_says_that_only_so_many_steps_were_watched(tmp_path: Path) -> None:
+    _, _, cut = plain_and_recorded(tmp_path, lambda: train_mlp(20), watch_steps=6)
+    _, _, whole = plain_and_recorded(tmp_path, lambda: train_mlp(4), watch_steps=6)
+    assert cut.end is not None
+    assert whole.end is not None
+    assert cut.end.tiers["watched"] == 6
+    assert "watched" not in whole.end.tiers
+
+
+@pytest.mark.parametrize("until", [4, 99])
+def test_lines_beside_torch_func_are_found_later_or_walked(tmp_path: Path, until: int) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with recorded(tmp_path, lines=True) as flight:
+        for number, (x, _) in enumerate(batches(12), 1):
+            optimizer.zero_grad()
+            if number <= until:
+                x = torch.func.grad(lambda v: v.pow(2).sum())(x)
+            model(x).pow(2).mean().backward()
+            optimizer.step()
+    (saved,) = flight.journal.saved
+    assert saved.method == ("hooks" if until == 4 else "walk")
+    assert saved.total > 0
+    assert saved.count > 0
+    assert [event.data["what"] for event in flight.journal.named("not_seen")] == (
+        [] if until == 4 else ["saved bytes by line"]
+    )
+
+
+def attack(batch: Tensor) -> None:
+    delta = torch.zeros_like(batch, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=0.01)
+    for _ in range(4):
+        optimizer.zero_grad()
+        (batch + delta).pow(2).sum().backward()
+        optimizer.step()
+
+
+def test_an_optimizer_for_each_batch_does_not_fill_the_journal(tmp_path: Path) -> None:
+    with recorded(tmp_path, budget=0.01) as flight:
+        for _ in range(600):
+            attack(torch.ones(2, 8))
+    journal = flight.journal
+    assert len(journal.optimizers) == 32
+    assert journal.end is not None
+    assert journal.end.faults == 0
+    assert sum(journal.end.steps.values()) == 2400
+    assert sum(block.c for block in journal.blocks) == 2400
+    (event,) = journal.named("not_seen")
+    assert event.data["what"] == "Adam optimizers one by one"
+    assert not journal.named("none")
+    assert flight.path.stat().st_size < 200_000
+
+
+def test_as_many_optimizers_as_tensors_that_live_together_have_a_record_each(tmp_path: Path) -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(50)]
+    optimizers = [torch.optim.SGD([weight], lr=0.1) for weight in weights]
+    with recorded(tmp_path) as flight:
+        for _ in range(2):
+            sum(weight.sum() for weight in weights).backward()  # type: ignore[union-attr]
+            for optimizer in optimizers:
+                optimizer.step()
+    assert len(flight.journal.optimizers) == 50
+    assert not flight.journal.named("not_seen")

@@ -23,6 +23,8 @@ from gradctl._journal._records import (
     SavedPlace,
 )
 
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError)
+
 
 class Parser:
     """Collects the records of one journal, line by line; counts what it cannot read."""
@@ -64,11 +66,27 @@ class Parser:
             if reader is not None:
                 reader(record)
             self.understood += 1
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, OverflowError, RecursionError):
+        except _UNREADABLE:
             if whole:
                 self.bad_lines += 1
             else:
                 self._cut = True
+
+    def take_open_blocks(self, records: list[Any]) -> None:
+        """Add the blocks of a journal's tail that lie beyond its own last ones, if the journal was not ended."""
+        if self._end is not None:
+            return
+        known = list(self._blocks)
+        for record in records:
+            self._blocks = []
+            try:
+                self._read_block(record)
+            except _UNREADABLE:
+                continue
+            (block,) = self._blocks
+            if block.n > max((other.n + other.c - 1 for other in known if other.o == block.o), default=0):
+                known.append(block)
+        self._blocks = known
 
     def journal(self, path: Path) -> Journal:
         """Return what was read, in order of steps."""

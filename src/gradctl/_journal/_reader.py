@@ -11,6 +11,7 @@ from typing import Any
 from gradctl._errors import BadJournal, RunDirectoryError
 from gradctl._journal._parser import Parser
 from gradctl._journal._records import FILE_NAME, SCHEMA, Journal
+from gradctl._journal._tail import open_blocks
 
 LINE_LIMIT = 8 << 20
 """A longer line is skipped, without being held in memory."""
@@ -83,9 +84,11 @@ def read(path: str | os.PathLike[str]) -> Journal:
     """
     path = Path(path)
     parser = Parser()
+    first: bytes | None = None
     try:
         with path.open("rb") as file:
             for line, whole in _lines(file):
+                first = line if first is None else first
                 parser.take(line, whole)
     except OSError as error:
         raise BadJournal(f"{path} cannot be read", why=error.strerror or str(error)) from error
@@ -95,6 +98,8 @@ def read(path: str | os.PathLike[str]) -> Journal:
             why=f"none of its {parser.bad_lines} lines is a record of {SCHEMA}",
             fix="name a directory that `gradctl run` has made",
         )
+    if first is not None:
+        parser.take_open_blocks(open_blocks(path, first))
     return parser.journal(path)
 
 

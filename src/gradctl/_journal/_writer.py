@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gradctl._journal._tail import Tail, clear, seal
+
 EVENTS_KEPT = 200
 """Of each event name this many are written, then only their number is kept."""
 PAGE = 4096
@@ -51,6 +53,8 @@ class JournalWriter:
         self._started_at = clock()
         self._descriptor: int | None = None
         self._counts: dict[str, int] = {}
+        self._tail = Tail()
+        self._seal: int | None = None
 
     def write(self, kind: str, /, *, now: bool = False, **fields: Any) -> None:
         """Append one record of `kind`; `now` takes it to the file at once. Never raises for the file's sake."""
@@ -86,6 +90,8 @@ class JournalWriter:
                 if self._descriptor is None:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | getattr(os, "O_CLOEXEC", 0)
                     self._descriptor = os.open(self.path, flags, 0o600)
+                    self._seal = seal(lines[0])
+                    clear(self.path)
                 for data in _by_page(lines, self.bytes):
                     while data:  # once; a second write only tells why the first was cut short, by a full disk
                         written = os.write(self._descriptor, data)
@@ -94,10 +100,22 @@ class JournalWriter:
             except OSError as error:
                 self._fail(error.strerror or str(error))
 
+    def tail(self, blocks: Callable[[], list[dict[str, Any]]], *, now: float) -> None:
+        """Keep the open blocks beside the journal until they are written, so that a kill does not lose them.
+
+        Args:
+            blocks: returns the fields of the open blocks; called only if the tail is due, four times a second at most.
+            now: seconds, monotonic.
+        """
+        with self._lock:
+            if self._descriptor is not None and self._seal is not None:
+                self._tail.write(self.path, self._seal, blocks, now=now)
+
     def close(self) -> None:
         """Flush and close the file; later records are dropped."""
         with self._lock:
             self.flush()
+            self._tail.remove()
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
@@ -109,7 +127,8 @@ class JournalWriter:
         self._lines, self._pending, self._counts, self.dropped = [], 0, {}, {}
         if self._descriptor is not None:
             os.close(self._descriptor)
-        self._descriptor = None
+        self._descriptor = self._seal = None
+        self._tail.forget()
         self.path, self.bytes, self.failed = Path(path), 0, None
 
     def _fail(self, reason: str) -> None:

@@ -20,6 +20,8 @@ DATA, CLIP, BACKWARD, GRAD = -1, -2, -3, -4
 
 FLUSH_STEPS = 2048
 FLUSH_SECONDS = 0.25
+_TAILED = 32
+"""More open blocks than this do not fit into the tail of a journal."""
 EAGER_STEPS = 3
 """So many first steps are drained at once: a program that dies early leaves them."""
 
@@ -223,20 +225,32 @@ class Drain:
         if block is None:
             return
         costs = self._costs
-        last = block.begin + block.steps - 1
-        self._fold(state, last)
-        taken = [total for step, total in state.totals if step <= last]
-        state.totals = [entry for entry in state.totals if entry[0] > last]
+        self._fold(state, block.begin + block.steps - 1)
+        _take_totals(state, block)
         timed = max(1, block.timed)
         if block.timed:
             state.norm_gap = norm_gap(
                 cost=state.norm_cost, step_seconds=block.seconds / timed, budget=costs.budget, sharers=self.live
             )
+        self._journal.write("b", **self._fields(state, block, end))
+        if state.peak is not None and closes_maxima(steps=state.done - state.last_maxima, done=state.done):
+            self.close_maxima(state)
+
+    def open_blocks(self) -> list[dict[str, Any]]:
+        """Return the fields of the blocks that are not written yet, the longest first."""
+        found = [(state, state.block) for state in self._by_number.values() if state.block is not None]
+        found.sort(key=lambda entry: -entry[1].seconds)
+        for state, block in found:
+            _take_totals(state, block)
+        return [self._fields(state, block, state.last_end or self._costs.began) for state, block in found[:_TAILED]]
+
+    def _fields(self, state: OptimizerState, block: Block, end: float) -> dict[str, Any]:
+        timed = max(1, block.timed)
         fields: dict[str, Any] = {
             "o": state.o,
             "n": block.begin,
             "c": block.steps,
-            "t": round(end - costs.began, 3),
+            "t": round(end - self._costs.began, 3),
             "l": [short(block.sum_loss / block.losses), short(block.lowest), short(block.highest)]
             if block.losses
             else None,
@@ -253,12 +267,9 @@ class Drain:
                 block.calls, block.clipped, short(block.worst_ratio), short(block.limit), short(mean),
                 short(block.max_norm),
             ]  # fmt: skip
-        finite = [total for total in taken if total - total == 0.0]
-        if finite:
-            fields["tot"] = [short(sum(finite) / len(finite)), short(max(finite))]
-        self._journal.write("b", **fields)
-        if state.peak is not None and closes_maxima(steps=state.done - state.last_maxima, done=state.done):
-            self.close_maxima(state)
+        if block.totals:
+            fields["tot"] = [short(block.sum_total / block.totals), short(block.max_total)]
+        return fields
 
     def close_maxima(self, state: OptimizerState) -> None:
         """Write the largest norms since the last such line."""
@@ -274,6 +285,21 @@ class Drain:
         self._stamps.clear()
         self._lanes.clear()
         self.backwards = self.grads = 0
+
+
+def _take_totals(state: OptimizerState, block: Block) -> None:
+    """Book the global norms of the steps of `block`; those of later steps stay."""
+    last = block.begin + block.steps - 1
+    later: list[tuple[int, float]] = []
+    for entry in state.totals:
+        step, total = entry
+        if step > last:
+            later.append(entry)
+        elif total - total == 0.0:
+            block.totals += 1
+            block.sum_total += total
+            block.max_total = max(block.max_total, total)
+    state.totals = later
 
 
 def _book_clip(block: Block, norm: float | None, limit: float) -> None:

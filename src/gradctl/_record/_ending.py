@@ -12,9 +12,13 @@ from gradctl._record._state import Costs, OptimizerState
 MAX_OPTIMIZERS = 512
 """More optimizers than this are counted, not recorded one by one."""
 
+MAX_ALIKE = 32
+"""So many optimizers of one class over the same shapes have a record each; of those that come one after another, the
+rest share the last."""
 
-def totals(states: Sequence[OptimizerState], costs: Costs, now: float) -> dict[str, Any]:
-    """Return steps, costs and tiers of a run that ends at `now`."""
+
+def totals(states: Sequence[OptimizerState], costs: Costs, now: float, *, watched: int | None = None) -> dict[str, Any]:
+    """Return steps, costs and tiers of a run that ends at `now`; `watched` steps were asked for, and reached."""
     wall = costs.elapsed(now)
     main = max(states, key=lambda state: state.steps, default=None)
     return {
@@ -32,6 +36,7 @@ def totals(states: Sequence[OptimizerState], costs: Costs, now: float) -> dict[s
         "tiers": {
             "norm_every": main.norm_gap if main is not None else 0,
             "rows": sum(state.rows for state in states),
+            **({"watched": watched} if watched is not None else {}),
         },
     }
 

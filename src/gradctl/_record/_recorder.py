@@ -19,7 +19,7 @@ from gradctl._record import _events, _hot
 from gradctl._record._blocks import EAGER_STEPS, FLUSH_SECONDS, FLUSH_STEPS, Drain
 from gradctl._record._describe import Describer
 from gradctl._record._distributed import CompilerSkip, DataParallelTimes, world_size
-from gradctl._record._ending import MAX_OPTIMIZERS, not_seen, totals
+from gradctl._record._ending import MAX_ALIKE, MAX_OPTIMIZERS, not_seen, totals
 from gradctl._record._fallback import BackwardStream, Stand
 from gradctl._record._faults import Faults
 from gradctl._record._gradients import parameters_of
@@ -60,6 +60,7 @@ class Recorder:
         self.journal = journal
         self._clock = clock
         self._watch_steps = watch_steps
+        self._watched: int | None = None
         self.costs = Costs(clock, budget)
         self.faults = Faults(journal, self._tier_off)
         self.states: dict[int, OptimizerState] = {}
@@ -67,6 +68,7 @@ class Recorder:
         self._optimizers: dict[int, weakref.ref[Any]] = {}
         self._created: dict[int, weakref.ref[Any]] = {}
         self._made: dict[str, int] = {}
+        self._alike: dict[tuple[Any, ...], list[OptimizerState]] = {}
         self._older: list[weakref.ref[Any]] | None = None
         self._handles: list[Any] = []
         self._lock = threading.RLock()
@@ -244,6 +246,7 @@ class Recorder:
         self.states.clear()
         self.by_number.clear()
         self._optimizers.clear()
+        self._alike.clear()
         self._hot.latest = None
         self._hot.scaled.clear()
         self._sampling.closures.clear()
@@ -287,12 +290,15 @@ class Recorder:
 
     def _new_state(self, optimizer: Any) -> OptimizerState | None:
         with self._lock:
-            if len(self.by_number) >= MAX_OPTIMIZERS:
-                self._uncounted += 1
-                return None
             if not self._stream.over:
                 self._stream.end()
-            state = self._number_state(type(optimizer).__name__, "optimizer")
+            state = self._shared_state(optimizer)
+            if state is None:
+                if len(self.by_number) >= MAX_OPTIMIZERS:
+                    self._uncounted += 1
+                    return None
+                state = self._number_state(type(optimizer).__name__, "optimizer")
+                self._alike.setdefault(_kind_of(optimizer), []).append(state)
             key = id(optimizer)
             self.states[key] = state
 
@@ -304,6 +310,26 @@ class Recorder:
             self._optimizers[state.o] = weakref.ref(optimizer, gone)
             self._count_live()
             return state
+
+    def _shared_state(self, optimizer: Any) -> OptimizerState | None:
+        """Return the state of an optimizer that is gone, if many just like this one were made one after another."""
+        alike = self._alike.get(_kind_of(optimizer), [])
+        if len(alike) < MAX_ALIKE:
+            return None
+        state = next((state for state in reversed(alike) if state.gone), None)
+        if state is None:
+            return None
+        if not state.shared:
+            state.shared = True
+            self._events.not_seen(
+                f"{state.cls} optimizers one by one",
+                f"more than {MAX_ALIKE} over the same shapes were made one after another; "
+                f"those that follow are recorded as one, optimizer {state.o}",
+            )
+        state.gone = False
+        state.keys = [id(param) for param in parameters_of(optimizer)]
+        state.previous = state.row = None
+        return state
 
     def _count_live(self) -> None:
         self._drain.live = self._sampling.live = max(1, len(self.states))
@@ -462,7 +488,7 @@ class Recorder:
             enough = False
             for state in states:
                 self._fold(state, state.steps)
-                if state.gone and state.block is not None:
+                if state.gone and state.block is not None and not state.shared:
                     self._drain.close(state, now)
                 state.flush_at = state.steps + (FLUSH_STEPS if state.steps > EAGER_STEPS else 1)
                 state.flush_time = now + FLUSH_SECONDS
@@ -480,8 +506,10 @@ class Recorder:
                     self._events.unoptimized({id(param) for param in self._all_parameters()})
             if self.journal.failed is None and states:
                 self.journal.flush()
+                self.journal.tail(self._drain.open_blocks, now=now)
             self.costs.spent = max(self.costs.spent, spent + self.costs.meter() - begin)
             if enough and self._handles:
+                self._watched = self._watch_steps
                 self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
                 self._stop_listening()
 
@@ -521,5 +549,12 @@ class Recorder:
             dropped=dict(self.journal.dropped),
             not_seen=[[what, why] for what, why in (self._not_seen | unseen).items()],
             bytes=self.journal.bytes,
-            **totals(states, self.costs, now),
+            **totals(states, self.costs, now, watched=self._watched),
         )
+
+
+def _kind_of(optimizer: Any) -> tuple[Any, ...]:
+    """Return class, groups and shapes: optimizers of one kind can share a record."""
+    with torch._C.DisableTorchFunction():
+        shapes = tuple(param.shape for param in parameters_of(optimizer))
+    return type(optimizer), len(optimizer.param_groups), shapes

@@ -14,6 +14,8 @@ from gradctl._record._state import Costs
 
 _AFTER_STEPS = 2
 _MOST_WALKS = 4
+_MOST_ARMED = 3
+"""Hooks that counted nothing, since `torch.func` needed them gone, are tried again; then the graph is walked."""
 _ROWS = 60
 
 
@@ -47,6 +49,7 @@ class SavedOnce:
         self._best: Any = None
         self._step = 0
         self._walks = 0
+        self._armed = 0
         self.done = False
 
     def before_backward(self, outputs: Any, steps: int, parameters: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -65,10 +68,10 @@ class SavedOnce:
         begin = self._costs.meter()
         leaves: list[Tensor] = []
         try:
-            if self._step and steps >= self._step and self._watch is None:
+            if self._step and steps >= self._step and self._watch is None and not self._lines:
                 self._write()
                 return []
-            if self._watch is not None:
+            if self._watch is not None and not self._is_for_nothing():
                 self._write()
                 return []
             roots = [output for output in outputs if isinstance(output, Tensor)]
@@ -92,6 +95,7 @@ class SavedOnce:
         """Arm the hooks on source lines where that was asked; the next backward reads them: between is a forward."""
         if self._lines and self._watch is None and not self.done and steps >= _AFTER_STEPS:
             self._step = steps + 1
+            self._armed += 1
             self._watch = _saved.arm_lines(
                 _saved.storage_keys(parameters()), modules=self._names.modules(), hooks_disabled=_HooksDisabled()
             )
@@ -101,11 +105,28 @@ class SavedOnce:
                 )
                 self._lines = False
 
+    def _is_for_nothing(self) -> bool:
+        """Whether the hooks are back before they counted anything: they are let go, to be armed again."""
+        if self._watch.disarm().count or not self._watch.gone:
+            return False
+        self._watch = None
+        if self._armed >= _MOST_ARMED:
+            self._lines = False
+            self._walks = self._step = 0
+            self._journal.event(
+                "not_seen",
+                what="saved bytes by line",
+                why=f"in {_MOST_ARMED} steps the hooks had to step aside, as for torch.func, before they saw anything",
+            )
+        return True
+
     def _write(self) -> None:
         self.done = True
         found, method = self._best, "walk"
         if self._watch is not None:
             found, method = self._watch.disarm(), "hooks"
+            if not found.count:
+                found = None  # cut short, or nothing was saved before the end: a figure of zero would be a lie
             if self._watch.gone:
                 self._watch = None
         self._best = None
@@ -128,5 +149,5 @@ class SavedOnce:
     def renew(self) -> None:
         """In a forked child: look again."""
         self._best = None
-        self._step = self._walks = 0
+        self._step = self._walks = self._armed = 0
         self.done = False

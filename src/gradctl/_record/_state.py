@@ -40,6 +40,9 @@ class Block:
     limit: float = 0.0
     sum_norm: float = 0.0
     max_norm: float = 0.0
+    totals: int = 0
+    sum_total: float = 0.0
+    max_total: float = 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -104,6 +107,7 @@ class OptimizerState:
     # facts
     described: bool = False
     gone: bool = False
+    shared: bool = False
     names: list[str | None] = field(default_factory=list[str | None])
     trainable: list[bool] = field(default_factory=list[bool])
     low_precision: list[bool] = field(default_factory=list[bool])
