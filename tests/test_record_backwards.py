@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flights import close, plain_and_recorded, recorded
 from gradctl._errors import NonFiniteGradient
+from trainings import batches, mlp, train_mlp
 
 
 def by_hand(steps: int, *, bad_at: int | None = None, bad_gradient_at: int | None = None) -> list[float]:
@@ -223,3 +224,97 @@ def test_an_older_optimizer_of_something_else_is_no_reason_to_wait(tmp_path: Pat
     assert journal.rows
     assert not journal.named("never_stepped")
     del other
+
+
+def train_by_hand(steps: int) -> list[Tensor]:
+    weight = torch.randn(20, 3, requires_grad=True)
+    for x, y in batches(steps):
+        loss = nn.functional.cross_entropy(x @ weight, y)
+        loss.backward()
+        with torch.no_grad():
+            weight -= 0.1 * weight.grad  # type: ignore[operator]
+        weight.grad = None
+    return [weight.detach().clone()]
+
+
+@pytest.mark.parametrize("steps", [2, 3, 30])
+def test_an_update_by_hand_is_recorded_by_its_backwards(tmp_path: Path, steps: int) -> None:
+    plain, watched, journal = plain_and_recorded(tmp_path, lambda: train_by_hand(steps))
+    assert torch.equal(plain[0], watched[0])
+    record = journal.optimizers[0]
+    assert record.source == "backward"
+    assert journal.end is not None
+    assert dict(journal.end.steps) == {0: steps}
+    assert sum(block.c for block in journal.blocks) == steps
+    assert sum(block.microbatches for block in journal.blocks) == steps
+    assert all(block.loss is not None for block in journal.blocks)
+    if steps == 30:
+        assert record.shapes == ((20, 3),)
+        assert journal.rows
+        assert all(0.001 < ratio < 0.1 for row in journal.rows for ratio in row.u if ratio is not None)
+
+
+def test_an_optimizer_that_accumulates_first_is_not_taken_for_none(tmp_path: Path) -> None:
+    _, _, journal = plain_and_recorded(tmp_path, lambda: train_mlp(3, accumulate=8))
+    assert [record.source for record in journal.optimizers.values()] == ["optimizer"]
+
+
+def test_training_through_torch_func_is_reported_as_not_seen(tmp_path: Path) -> None:
+    def train() -> None:
+        weight = torch.randn(20, 3)
+        for x, y in batches(5):
+            weight -= 0.1 * torch.func.grad(lambda w: nn.functional.cross_entropy(x @ w, y))(weight)  # noqa: B023
+
+    torch.manual_seed(0)
+    with recorded(tmp_path) as flight:
+        train()
+    assert flight.journal.end is not None
+    (entry,) = flight.journal.end.not_seen
+    assert entry[0] == "training through torch.func"
+    assert "5 times" in entry[1]
+
+
+def test_steps_without_a_backward_are_reported_as_not_seen(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with recorded(tmp_path) as flight:
+        for _ in range(4):
+            weight.grad = torch.ones(3)
+            optimizer.step()
+    assert flight.journal.end is not None
+    assert [what for what, _ in flight.journal.end.not_seen] == ["the backward"]
+
+
+def test_nested_backwards_are_part_of_the_outer_one(tmp_path: Path) -> None:
+    def train() -> None:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in batches(5):
+            optimizer.zero_grad()
+            hidden = torch.utils.checkpoint.checkpoint(model[:2], x.requires_grad_(), use_reentrant=True)
+            nn.functional.cross_entropy(model[2](hidden), y).backward()
+            optimizer.step()
+
+    _, _, journal = plain_and_recorded(tmp_path, train)
+    assert journal.end is not None
+    assert journal.end.backwards == 5
+
+
+def test_a_gradient_penalty_counts_as_one_backward(tmp_path: Path) -> None:
+    def train() -> list[Tensor]:
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x, y in batches(5):
+            optimizer.zero_grad()
+            x.requires_grad_()
+            loss = nn.functional.cross_entropy(model(x), y)
+            (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+            (loss + slope.pow(2).sum()).backward()
+            optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    plain, watched, journal = plain_and_recorded(tmp_path, train)
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+    assert journal.end is not None
+    assert journal.end.backwards == 5
+    assert sum(block.microbatches for block in journal.blocks) == 5
