@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from flights import close, plain_and_recorded, recorded
 from gradctl._errors import NonFiniteGradient
+from gradctl._journal import Run
 from trainings import batches, mlp, train_mlp
 
 
@@ -318,3 +321,25 @@ def test_a_gradient_penalty_counts_as_one_backward(tmp_path: Path) -> None:
     assert journal.end is not None
     assert journal.end.backwards == 5
     assert sum(block.microbatches for block in journal.blocks) == 5
+
+
+def test_a_forked_child_whose_optimizer_never_steps_leaves_a_journal_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = (
+        "import os, torch\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    weight = torch.nn.Parameter(torch.ones(3))\n"
+        "    optimizer = torch.optim.SGD([weight], lr=0.1)\n"
+        "    weight.sum().backward()\n"
+        "    os._exit(0)\n"
+        "os.waitpid(pid, 0)\n"
+    )
+    (tmp_path / "parent.py").write_text(script)
+    command = [sys.executable, "-m", "gradctl", "run", "--out", "out", "parent.py"]
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
+    (child,) = Run.load("out").children
+    (event,) = child.named("never_stepped")
+    assert event.data["backwards"] == 1

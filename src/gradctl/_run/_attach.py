@@ -64,7 +64,7 @@ class Listening:
         if self._ended:
             return
         self._ended = True
-        self.recorder.drain()
+        self.recorder.settle()
         if self.is_main or self.journal.started:
             self.recorder.finish(how, code=code, exc=_exit_status.exception())
             self.journal.close()

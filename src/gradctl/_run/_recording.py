@@ -203,7 +203,7 @@ class Recording:
         if self._switch is not None:
             self._switch.remove()
         is_child = self._writer.start == "child"
-        self._recorder.drain()
+        self._recorder.settle()
         if is_child and not self._writer.started:
             self._writer.discard()  # a forked child that has recorded nothing leaves no file
         from gradctl._run import _exit_status
