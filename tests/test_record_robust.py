@@ -20,7 +20,8 @@ from flights import Flight, recorded
 from gradctl import _taps
 from gradctl._errors import NonFiniteGradient
 from gradctl._journal import JournalWriter, read
-from gradctl._record import Recorder
+from gradctl._record import Recorder, _hot
+from gradctl._record._blocks import ATOMS
 
 
 def train(steps: int = 12, clip: bool = False) -> list[float]:
@@ -390,3 +391,18 @@ def test_compiled_training_is_recorded_without_changing_it(tmp_path: Path) -> No
         assert journal.end.faults == 0
         assert dict(journal.end.steps) == {0: 14}
         assert sum(block.microbatches for block in journal.blocks) == 14
+
+
+def test_a_program_that_never_steps_keeps_no_growing_list(tmp_path: Path) -> None:
+    weight = torch.ones(2, requires_grad=True)
+    loader = torch.utils.data.DataLoader(torch.zeros(2000), batch_size=1)
+    most, kept = 0, _hot.MOST_STAMPS
+    _hot.MOST_STAMPS = 500
+    try:
+        with recorded(tmp_path) as flight:
+            for _ in loader:
+                torch.autograd.grad((weight * 2).sum(), weight)
+                most = max(most, len(flight.recorder._stamps))
+    finally:
+        _hot.MOST_STAMPS = kept
+    assert 0 < most <= 500 + ATOMS

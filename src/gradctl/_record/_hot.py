@@ -20,6 +20,8 @@ from gradctl._record._state import OptimizerState
 
 _get_ident = threading.get_ident
 _item: Any = Tensor.item
+MOST_STAMPS = 100_000
+"""A program that loads data, or asks for gradients, and never steps is drained when so many atoms wait."""
 
 
 class Hot:
@@ -111,6 +113,8 @@ def engine_wrap(
     *,
     slow_loss: Callable[[Any], Any],
     bad_loss: Callable[[], None],
+    waiting: Callable[[], int],
+    overflow: Callable[[], None],
 ) -> Callable[[Any], Any]:
     """Return the wrap of torch's engine.
 
@@ -121,6 +125,8 @@ def engine_wrap(
         faults: where our own faults go.
         slow_loss: reads a loss that is not a plain number on the CPU: a float, (tensor, scale) for the drain, or None.
         bad_loss: called when a loss is NaN or inf.
+        waiting: how many atoms have not been drained.
+        overflow: called when they are too many.
     """
     graph_task, function_modes, dispatch_modes = _quiet.graph_task, _quiet.function_modes, _quiet.dispatch_modes
 
@@ -152,6 +158,8 @@ def engine_wrap(
             begin = clock()
             result = inner(outputs, *args, **kwargs)
             extend((BACKWARD if accumulates else GRAD, _get_ident(), begin, clock(), value))
+            if not accumulates and waiting() > MOST_STAMPS:
+                overflow()
             if accumulates and hot.after_backward is not None:
                 stop = None
                 try:
@@ -167,14 +175,18 @@ def engine_wrap(
     return wrap
 
 
-def data_wrap(extend: Callable[[Any], None], clock: Callable[[], float]) -> Callable[[Any], Any]:
-    """Return the wrap of a data loader's `__next__`."""
+def data_wrap(
+    extend: Callable[[Any], None], clock: Callable[[], float], waiting: Callable[[], int], overflow: Callable[[], None]
+) -> Callable[[Any], Any]:
+    """Return the wrap of a data loader's `__next__`; `waiting` and `overflow` as for `engine_wrap`."""
 
     def wrap(inner: Any) -> Any:
         def next_batch(self: Any) -> Any:
             begin = clock()
             batch = inner(self)
             extend((DATA, _get_ident(), begin, clock(), None))
+            if waiting() > MOST_STAMPS:
+                overflow()
             return batch
 
         return next_batch

@@ -127,7 +127,14 @@ class Recorder:
             drain=self._drain_now,
         )
         engine = _hot.engine_wrap(
-            self._hot, extend, clock, faults, slow_loss=self._losses.read, bad_loss=self._losses.bad
+            self._hot,
+            extend,
+            clock,
+            faults,
+            slow_loss=self._losses.read,
+            bad_loss=self._losses.bad,
+            waiting=self._stamps.__len__,
+            overflow=self._overflow,
         )
         self._hot.before_backward = self._before_backward
         self._hot.after_backward = self._after_backward
@@ -141,7 +148,12 @@ class Recorder:
             ("clipping", lambda: _taps.clip.subscribe(_hot.clip_wrap(extend, faults), order="record")),
             ("the loss scale", lambda: _taps.scaler_scale.subscribe(self._losses.scale_wrap, order="record")),
             ("skipped steps", lambda: _taps.scaler_step.subscribe(self._wrap_scaler_step, order="record")),
-            ("data time", lambda: _taps.data_next.subscribe(_hot.data_wrap(extend, clock), order="record")),
+            (
+                "data time",
+                lambda: _taps.data_next.subscribe(
+                    _hot.data_wrap(extend, clock, self._stamps.__len__, self._overflow), order="record"
+                ),
+            ),
             ("torch.func", lambda: _taps.functorch_grad.subscribe(self._wrap_functorch, order="record")),
             ("DDP times", lambda: _taps.ddp_created.subscribe(self._ddp.wrap, order="record")),
             ("torch.compile", self._compiler.install),
@@ -512,6 +524,12 @@ class Recorder:
                 self._watched = self._watch_steps
                 self._not_seen[f"steps after step {self._watch_steps}"] = "only so many were asked for (--watch-steps)"
                 self._stop_listening()
+
+    def _overflow(self) -> None:
+        try:
+            self._drain_now(self._clock())
+        except Exception as error:
+            self.faults.caught("drain", error)
 
     def _fold(self, state: OptimizerState, upto: int) -> None:
         if state.samples:
