@@ -227,11 +227,12 @@ def with_tensorboard(kind: str, what: str) -> Arm:
 def with_wandb(kind: str, every: int | None) -> Arm:
     import wandb
 
-    run = wandb.init(project="bench", dir=tempfile.mkdtemp(), mode="offline", reinit="create_new")
+    # One run for all: its hooks log to `wandb.run`, whichever run watches.
+    run = wandb.run or wandb.init(project="bench", dir=tempfile.mkdtemp(), mode="offline")
     arm = Arm(kind, lambda model, loss: run.log({"loss": loss.item()}))
     if every is not None:
-        run.watch(arm.model, log="gradients", log_freq=every)
-    arm.close = run.finish  # type: ignore[method-assign]
+        run.watch(arm.model, log="gradients", log_freq=every, idx=every)
+        arm.close = lambda: run.unwatch(arm.model)  # type: ignore[method-assign]
     return arm
 
 
