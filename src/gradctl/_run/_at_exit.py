@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -20,6 +21,7 @@ RANKS_SECONDS = 5.0
 """How long the rank that draws waits for the end records of ranks that are still running."""
 FAILED_RANKS_SECONDS = 1.0
 """The same when this rank failed: the others may be waiting for it, and the launcher for all."""
+_END = re.compile(rb'\n *\{"k":"end"')  # spaces before a line fill up a page of the file
 
 
 def main_process_ends(settings: Mapping[str, Any], status: tuple[Any, ...] | None) -> None:
@@ -156,7 +158,7 @@ def _has_ended(journal: Path) -> bool:
     try:
         with journal.open("rb") as file:
             file.seek(-min(65536, file.seek(0, os.SEEK_END)), os.SEEK_END)
-            return b'\n{"k":"end"' in file.read()
+            return _END.search(file.read()) is not None
     except OSError:
         return False
 

@@ -22,7 +22,7 @@ NOT_SEEN = "not_seen.jsonl"
 _LAUNCH = ".launch"
 _LEADS_NOWHERE = "run:"
 """In front of the name that a mark holds, so that the mark is not taken for one more run directory."""
-_OURS = re.compile(r"report\.html|summary\.json|not_seen\.jsonl|\.launch|\.mark|\.rank\d+")
+_OURS = re.compile(r"report\.html|summary\.json|not_seen\.jsonl|\.launch|\.mark|\.rank\d+|journal\.rank.*\.jsonl\.tail")
 
 
 def make(policy: Policy, script: str, rank: Rank) -> Path:
