@@ -89,3 +89,5 @@ def main() -> None:
 
 
 main()
+sys.stdout.flush()
+os._exit(0)  # Gloo's threads, where they outlive the process group, end a process in its teardown, recorded or not
