@@ -228,7 +228,6 @@ def test_torchrun_starts_ranks_through_gradctl_and_gets_the_code_of_the_one_that
     assert ours.code == 1
     assert "exitcode  : 7" in ours.stderr
     assert "rank      : 1" in ours.stderr
-    assert not (tmp_path / "gradctl-runs").exists()
 
 
 @pytest.mark.slow
