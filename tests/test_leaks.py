@@ -120,12 +120,15 @@ def test_every_kind_of_leak_fails_the_test_that_made_it_and_is_named(
 
 
 def test_what_a_test_tidies_up_itself_is_no_leak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRADCTL_TEST", "1")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.optim.SGD, "step", None)
-    (tmp_path / "file").touch()
-    with torch.no_grad(), torch.autograd.graph.save_on_cpu():
-        pass
+    before = leaks.snapshot()
+    with monkeypatch.context() as patch:
+        patch.setenv("GRADCTL_TEST", "1")
+        patch.chdir(tmp_path)
+        patch.setattr(torch.optim.SGD, "step", None)
+        (tmp_path / "file").touch()
+        with torch.no_grad(), torch.autograd.graph.save_on_cpu():
+            assert leaks.differences(before, leaks.snapshot()) != []
+    assert leaks.differences(before, leaks.snapshot()) == []
 
 
 def test_a_snapshot_equals_the_next_one() -> None:

@@ -263,18 +263,23 @@ def test_the_owners_own_steps_are_silent() -> None:
     idle = threading.Event()
     other = threading.Thread(target=lambda: idle.wait(SECONDS))
     other.start()
-    loss = net(X)
-    loss.backward()
-    with gradctl.off(strict=True):
-        net(X)
-    optimizer.step()
-    optimizer.zero_grad()
-    with gradctl.off(strict=True):
-        z = net.first(X)
-    net.second(z).sum().backward()
-    optimizer.step()
+    before = [p.detach().clone() for p in net.parameters()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss = net(X)
+        loss.backward()
+        with gradctl.off(strict=True):
+            net(X)
+        optimizer.step()
+        optimizer.zero_grad()
+        with gradctl.off(strict=True):
+            z = net.first(X)
+        net.second(z).sum().backward()
+        optimizer.step()
     idle.set()
     other.join()
+    assert [str(warning.message) for warning in caught] == []
+    assert not any(torch.equal(p, old) for p, old in zip(net.parameters(), before, strict=True))
 
 
 def turn_at(trainer: Trainer, stop: Stop, *, strict: bool) -> None:

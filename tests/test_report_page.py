@@ -367,7 +367,11 @@ def test_a_journal_with_anything_anywhere_gives_a_page(random: Random, name: str
             run = Run.load(directory)
         except BadJournal:
             return  # nothing in it could be read, which is said by the reader
-        Page(render(run, judge(run))).html.encode("utf-8")
+        verdict = judge(run)
+        text = Page(render(run, verdict)).html
+        assert text.encode("utf-8").rstrip().endswith(b"</html>")
+        assert verdict.sentence
+        assert "<script>alert" not in text
 
 
 def test_hostile_step_numbers_neither_stop_nor_slow_the_drawing(tmp_path: Path) -> None:
@@ -378,7 +382,9 @@ def test_hostile_step_numbers_neither_stop_nor_slow_the_drawing(tmp_path: Path) 
         file.write(
             '{"k":"b","o":0,"n":31,"c":4611686018427387900,"t":1,"l":[1e300,-1e300,1e308],"ms":[1e308,1e308,-1,0]}\n'
         )
-    draw(directory)
+    text = draw(directory).html
+    assert "</html>" in text
+    assert not re.search(r'\b(?:x|y|x1|x2|y1|y2|cx|cy|width|height|d|points)="[^"]*(?:nan|inf)', text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
