@@ -38,7 +38,8 @@ def test_the_summary_has_the_fields_that_others_script_against(tmp_path: Path, k
         assert all(list(optimizer) == ["class", "parameters", "reached"] for optimizer in rank["optimizers"])
     for finding in found["findings"]:
         assert list(finding) == [
-            "slug", "severity", "confidence", "symptom", "primary", "evidence", "parameters", "why", "fix", "measured",
+            "slug", "severity", "confidence", "symptom", "primary", "evidence", "parameters", "path", "why", "fix",
+            "measured",
         ]  # fmt: skip
         assert Finding.from_json(finding).to_json() == finding
 

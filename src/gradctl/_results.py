@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["error", "warning", "note"]
+FINDINGS = "gradctl.findings/1"
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
@@ -53,6 +54,7 @@ class Finding:
         evidence: further places, each with a role.
         parameters: FQNs of the parameters concerned.
         measured: what was measured, if anything was (for example `{"step_ratio": 0.83}`).
+        path: the way from a parameter to the loss, on one line, with the place where it ends; empty if there is none.
     """
 
     slug: str
@@ -65,6 +67,7 @@ class Finding:
     evidence: tuple[Span, ...] = ()
     parameters: tuple[str, ...] = ()
     measured: dict[str, float] | None = None
+    path: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as `gradctl.findings/1` writes it."""
@@ -76,6 +79,7 @@ class Finding:
             "primary": self.primary.to_json() if self.primary else None,
             "evidence": [span.to_json() for span in self.evidence],
             "parameters": list(self.parameters),
+            "path": self.path,
             "why": self.why,
             "fix": self.fix,
             "measured": self.measured,
@@ -95,6 +99,7 @@ class Finding:
             evidence=tuple(Span.from_json(span) for span in data.get("evidence", ())),
             parameters=tuple(data.get("parameters", ())),
             measured=data.get("measured"),
+            path=data.get("path", ""),
         )
 
     def __str__(self) -> str:
@@ -103,3 +108,40 @@ class Finding:
 
     def _repr_html_(self) -> str:
         return f"<pre>{html.escape(str(self))}</pre>"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `gradctl explain` says about one script.
+
+    Args:
+        script: what was run: a file's name, a module, `command` or `stdin`.
+        exit_code: that of the verb: 0 clean, 1 findings, 3 a failure of gradctl, 4 no verdict.
+        sentence: the verdict in one line.
+        findings: causes, the worst first; without one there may still be symptoms.
+        symptoms: what was seen going wrong, in words.
+        remarks: what a reader must know besides, one line each: what was not seen, what was repeated.
+        versions: of gradctl, Python and torch.
+        folder: where relative paths of source files begin.
+        names: FQNs of all parameters that were seen, with a gradient or without one.
+    """
+
+    script: str
+    exit_code: int
+    sentence: str
+    findings: tuple[Finding, ...] = ()
+    symptoms: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict[str, str])
+    folder: str = ""
+    names: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the explanation as `gradctl.findings/1`."""
+        return {
+            "schema": FINDINGS,
+            "script": self.script,
+            "exit_code": self.exit_code,
+            "versions": self.versions,
+            "findings": [finding.to_json() for finding in self.findings],
+        }
