@@ -24,15 +24,16 @@ class NegativeQueue:
 
 
 def match(anchor, positive, kind, past, temperature, hardest=4):
-    logits = anchor @ positive.t()
+    logits = anchor @ positive.t() / temperature
     same = kind[:, None] == kind[None, :]
     same.fill_diagonal_(False)
     logits = logits.masked_fill(same, float("-inf"))
     if past is not None:
         rows, past_kind = past
-        other = (anchor @ rows.t()).masked_fill(kind[:, None] == past_kind[None, :], float("-inf"))
+        other = anchor @ rows.t() / temperature
+        other = other.masked_fill(kind[:, None] == past_kind[None, :], float("-inf"))
         logits = torch.cat([logits, other.topk(hardest, dim=1).values], dim=1)
-    return F.cross_entropy(logits / temperature, torch.arange(len(anchor)))
+    return F.cross_entropy(logits, torch.arange(len(anchor)))
 
 
 def contrastive(views, kind, pairs, queue, temperature):
