@@ -128,6 +128,20 @@ NAMES: tuple[PrivateName, ...] = (
         "the loss is read the slow way in every step",
     ),
     PrivateName(
+        "function_mode_at",
+        "torch._C:_get_function_stack_at",
+        "2.13",
+        "explain",
+        "there is no traced run",
+    ),
+    PrivateName(
+        "functorch_level",
+        "torch._C:_functorch.maybe_current_level",
+        "2.13",
+        "explain",
+        "there is no traced run",
+    ),
+    PrivateName(
         "dispatch_mode_depth",
         "torch._C:_len_torch_dispatch_stack",
         "2.13",

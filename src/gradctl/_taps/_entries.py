@@ -78,6 +78,7 @@ module_registered = RegistrationTap("module_registered", "register_module_module
 
 optimizer_created = AttributeTap("optimizer_created", _at("torch.optim:Optimizer._patch_step_function"))
 zero_grad = AttributeTap("zero_grad", _at("torch.optim:Optimizer.zero_grad"))
+module_zero_grad = AttributeTap("module_zero_grad", _at("torch.nn:Module.zero_grad"))
 clip = AttributeTap("clip", _at("torch.nn.utils.clip_grad:_clip_grads_with_norm_"))
 scaler_scale = AttributeTap("scaler_scale", _at("torch.amp.grad_scaler:GradScaler.scale"))
 scaler_step = AttributeTap("scaler_step", _at("torch.amp.grad_scaler:GradScaler._maybe_opt_step"))
@@ -101,7 +102,10 @@ saved_hooks_disabled = AttributeTap("saved_hooks_disabled", _at("torch._C._autog
 autograd_compiler = AttributeTap("autograd_compiler", _at("torch._C:_dynamo.compiled_autograd.set_autograd_compiler"))
 requires_grad_call = AttributeTap("requires_grad_call", _at("torch:Tensor.requires_grad_"))
 module_requires_grad = AttributeTap("module_requires_grad", _at("torch.nn:Module.requires_grad_"))
+variable_made = AttributeTap("variable_made", _at("torch.autograd.variable:VariableMeta.__call__"))
+from_numpy = AttributeTap("from_numpy", _at("torch:from_numpy"))
 parameter_made = AttributeTap("parameter_made", _at("torch.nn:Parameter.__new__"))
+inference_entered = AttributeTap("inference_entered", _at("torch.autograd.grad_mode:inference_mode.__enter__"))
 inference_left = AttributeTap("inference_left", _at("torch.autograd.grad_mode:inference_mode.__exit__"))
 thread_start = AttributeTap("thread_start", _at("_thread:start_new_thread", "threading:_start_new_thread"))
 extension_import = AttributeTap("extension_import", _at("importlib.machinery:ExtensionFileLoader.create_module"))
@@ -118,6 +122,7 @@ ALL = (
     module_registered,
     optimizer_created,
     zero_grad,
+    module_zero_grad,
     clip,
     ddp_created,
     scaler_scale,
@@ -138,6 +143,9 @@ ALL = (
     requires_grad_call,
     module_requires_grad,
     parameter_made,
+    variable_made,
+    from_numpy,
+    inference_entered,
     inference_left,
     thread_start,
     extension_import,

@@ -263,7 +263,7 @@ class EngineTap:
             self._proxy = None
 
 
-StepHook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+StepHook = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class StepTap:
@@ -280,7 +280,7 @@ class StepTap:
 
         Args:
             before: called with `(optimizer, args, kwargs)` before the step; `args[0]` is the optimizer. May raise
-                only as a veto.
+                only as a veto. May return new `(args, kwargs)` for the step, for example with its closure wrapped.
             after: called likewise after a step that did not raise.
             order: `veto` comes first before the step and last after it.
         """
@@ -327,9 +327,13 @@ def _in_sequence(hooks: list[StepHook]) -> StepHook:
     if len(hooks) == 1:
         return hooks[0]
 
-    def call_all(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def call_all(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        changed: Any = None
         for hook in hooks:
-            hook(optimizer, args, kwargs)
+            new = hook(optimizer, args, kwargs)
+            if new is not None:
+                changed = args, kwargs = new
+        return changed
 
     return call_all
 
@@ -337,8 +341,8 @@ def _in_sequence(hooks: list[StepHook]) -> StepHook:
 def _step_stub() -> tuple[StepHook, Callable[[StepHook], None]]:
     call = _nothing
 
-    def stub(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call(optimizer, args, kwargs)
+    def stub(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return call(optimizer, args, kwargs)
 
     def rebind(new: StepHook) -> None:
         nonlocal call

@@ -1,0 +1,76 @@
+"""From candidates to findings: the best for each symptom, ranked by evidence, and nothing below the threshold."""
+
+from __future__ import annotations
+
+from gradctl._explain._context import THRESHOLD, Candidate, Context
+from gradctl._explain._path import path_line
+from gradctl._explain.rules import every_rule
+from gradctl._results import Finding
+
+_FIRST = ("error", "nonfinite", "order", "none", "zero", "wiring", "wrong", "memory")
+
+
+def diagnose(context: Context, *, notes: bool = False) -> list[Finding]:
+    """Return the findings, most certain first.
+
+    Args:
+        context: the facts.
+        notes: show what is harmless or uncertain too, as notes.
+    """
+    with context.looking():
+        candidates = [candidate for rule in every_rule() for candidate in rule(context)]
+        kept = _without_lesser(candidates)
+        shown = [c for c in kept if notes or (c.confidence >= THRESHOLD and c.severity != "note" and c.place is not None)]
+        shown.sort(key=lambda c: (c.severity == "note", -c.confidence, _FIRST.index(c.explains)))
+        context.name_all({key for c in shown for key in c.parameters} | {k for c in shown for k in context.ids_on_path(c)})
+        return [_finding(context, c) for c in shown]
+
+
+def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:
+    """Drop candidates whose parameters and symptom a more certain one explains already, and doubles."""
+    if any(c.explains == "error" and c.confidence >= THRESHOLD for c in candidates):
+        # What ended the program comes first; what follows from the same place is not said twice.
+        best = max((c for c in candidates if c.explains == "error"), key=lambda c: c.confidence)
+        candidates = [best] + [
+            c for c in candidates if c is not best and c.explains not in ("error", "none", "zero") and c.place != best.place
+        ]
+    kept: list[Candidate] = []
+    explained: set[int] = set()
+    places: set[object] = set()
+    for candidate in sorted(candidates, key=lambda c: -c.confidence):
+        key = (candidate.slug, candidate.place)
+        if key in places:
+            continue
+        mine = set(candidate.parameters)
+        if mine and mine <= explained and candidate.severity != "note":
+            continue
+        places.add(key)
+        if candidate.confidence >= THRESHOLD and candidate.severity != "note":
+            explained |= mine
+        kept.append(candidate)
+    return kept
+
+
+def _finding(context: Context, candidate: Candidate) -> Finding:
+    from gradctl._explain._fixes import fix_for
+
+    seen = {candidate.place}
+    evidence = []
+    for place, role in candidate.evidence:
+        if place is not None and place not in seen:
+            seen.add(place)
+            evidence.append(context.span(place, role))
+    names = sorted({name for key in candidate.parameters if (name := context.name(key))})
+    return Finding(
+        slug=candidate.slug,
+        severity=candidate.severity,
+        symptom=candidate.symptom,
+        why=candidate.why,
+        fix=candidate.fix or fix_for(candidate.slug),
+        confidence=round(candidate.confidence, 2),
+        primary=context.span(candidate.place) if candidate.place is not None else None,
+        evidence=tuple(evidence),
+        parameters=tuple(names),
+        measured=candidate.measured,
+        path=path_line(context, candidate),
+    )

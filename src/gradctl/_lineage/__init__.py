@@ -1,0 +1,73 @@
+"""Where gradients come from: a tracer that keeps the lineage of every value, through breaks, and the facts of each step.
+
+Facts only; nothing here judges. A `Trace` listens through `_taps` and one TorchFunctionMode for each thread, keeps no
+tensor alive, replaces no result and never raises into the program.
+"""
+
+from __future__ import annotations
+
+from gradctl._lineage._backward import Graph, find_kept
+from gradctl._lineage._facts import (
+    BackwardFacts,
+    ErrorFacts,
+    Escape,
+    Facts,
+    FlagChange,
+    GradEvent,
+    Hit,
+    Mutation,
+    OptimizerFacts,
+    ParameterFacts,
+)
+from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
+from gradctl._lineage._node import Node, Region
+from gradctl._lineage._operations import CASTS, COMPARISONS
+from gradctl._lineage._trace import Trace
+from gradctl._lineage._tracer import FREED, NODE, Tracer
+from gradctl._lineage._walk import (
+    Unreached,
+    additive_nodes,
+    breaks,
+    live_leaves,
+    path,
+    sufficient_breaks,
+    terms,
+    upstream,
+)
+
+__all__ = [
+    "CASTS",
+    "COMPARISONS",
+    "FREED",
+    "NODE",
+    "BackwardFacts",
+    "ErrorFacts",
+    "Escape",
+    "Facts",
+    "FlagChange",
+    "Frames",
+    "GradEvent",
+    "Graph",
+    "Hit",
+    "Mutation",
+    "Node",
+    "OptimizerFacts",
+    "ParameterFacts",
+    "Region",
+    "Site",
+    "Stack",
+    "Trace",
+    "Tracer",
+    "Unreached",
+    "additive_nodes",
+    "breaks",
+    "find_kept",
+    "live_leaves",
+    "path",
+    "site",
+    "sites",
+    "source",
+    "sufficient_breaks",
+    "terms",
+    "upstream",
+]

@@ -1,0 +1,293 @@
+"""What the engine is asked to do: the graph of each backward, what it freed, which leaves it reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradctl._lineage._facts import BackwardFacts, ErrorFacts
+from gradctl._lineage._node import Node
+from gradctl._lineage._probe import Probe
+from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
+from gradctl._lineage._walk import terms, upstream
+
+_HISTORY_EVERY = 3
+_HISTORY_LAST = 400
+
+
+class Graph:
+    """The autograd nodes behind some outputs.
+
+    Attributes:
+        nodes: every one of them, consumers before what they consume where that is known.
+        site: for each, the node of the operation that made it, or that of its consumer.
+    """
+
+    def __init__(self, outputs: Sequence[Any]) -> None:
+        self.nodes: list[Any] = []
+        self.site: dict[Any, Node | None] = {}
+        stack = [fn for output in outputs if (fn := _function_of(output)) is not None]
+        site = self.site
+        for function in stack:
+            site[function] = function.metadata.get(NODE)
+        seen = set(stack)
+        while stack:
+            function = stack.pop()
+            self.nodes.append(function)
+            own = site[function] = function.metadata.get(NODE) or site.get(function)
+            for following, _ in function.next_functions:
+                if following is None:
+                    continue
+                if site.get(following) is None:
+                    site[following] = following.metadata.get(NODE) or own
+                if following not in seen:
+                    seen.add(following)
+                    stack.append(following)
+
+    def leaves(self) -> list[tuple[Any, Tensor]]:
+        """Return the leaves that gradients accumulate into, with their functions."""
+        return [(fn, leaf) for fn in self.nodes if (leaf := getattr(fn, "variable", None)) is not None]
+
+    def executed_for(self, inputs: Sequence[Any]) -> set[Any]:
+        """Return the functions that run when the gradient is wanted for `inputs` only."""
+        wanted = {fn for tensor in inputs if (fn := _function_of(tensor)) is not None}
+        leaves = {id(tensor) for tensor in inputs if isinstance(tensor, Tensor)}
+        wanted |= {fn for fn, leaf in self.leaves() if id(leaf) in leaves}
+        runs: set[Any] = set()
+        consumers: dict[Any, list[Any]] = {}
+        for function in self.nodes:
+            for following, _ in function.next_functions:
+                if following is not None:
+                    consumers.setdefault(following, []).append(function)
+        queue = list(wanted)
+        while queue:
+            function = queue.pop()
+            if function in runs:
+                continue
+            runs.add(function)
+            queue += consumers.get(function, [])
+        return runs - wanted
+
+
+def _function_of(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return grad_fn_of(output)
+    return getattr(output, "node", None)  # a GradientEdge
+
+
+def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the wrap of the engine's `run_backward`."""
+
+    def around(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
+            state = tracer.here
+            if state.silent or tracer.blind():
+                return inner(outputs, *args, **kwargs)
+            call: _Call | None = None
+            try:
+                with torch._C.DisableTorchFunction():
+                    call = _Call(tracer, outputs, args, kwargs)
+            except Exception as fault:
+                tracer.disable(fault)
+                return inner(outputs, *args, **kwargs)
+            state.silent += 1
+            try:
+                out = inner(outputs, *args, **kwargs)
+            except Exception as error:
+                _guarded(tracer, call.failed, error)
+                raise
+            finally:
+                state.silent -= 1
+                call.probe.detach()
+            _guarded(tracer, call.done, out)
+            return out
+
+        return run_backward
+
+    return around
+
+
+def _guarded(tracer: Tracer, act: Callable[[Any], None], value: Any) -> None:
+    try:
+        with torch._C.DisableTorchFunction():
+            act(value)
+    except Exception as fault:
+        tracer.disable(fault)
+
+
+class _Call:
+    """One call of the engine, from before it runs until its facts are written."""
+
+    def __init__(self, tracer: Tracer, outputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        facts = tracer.facts
+        self.tracer = tracer
+        self.roots = [output for output in outputs if isinstance(output, Tensor)]
+        inputs = args[3] if len(args) > 3 and args[3] is not None else kwargs.get("inputs") or ()
+        self.inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+        self.graph = Graph(outputs)
+        retain = bool(args[1]) if len(args) > 1 else bool(kwargs.get("keep_graph"))
+        self.facts = BackwardFacts(
+            generation=facts.generation,
+            roots=tuple([tracer.node(root) for root in self.roots]),
+            stack=tracer.frames.stack(),
+            accumulates=bool(kwargs.get("accumulate_grad", True)),
+            retain=retain,
+            create_graph=bool(args[2]) if len(args) > 2 else bool(kwargs.get("create_graph")),
+            inputs=tuple([tracer.node(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)]),
+            step=facts.steps,
+            seq=tracer.seq(),
+        )
+        facts.backwards.append(self.facts)
+        tracer.settle_forward()
+        self._find_data_edits()
+        self.probe = Probe(tracer, self.graph, self.facts)
+        if tracer.numerics and self.facts.accumulates and not self.facts.create_graph:
+            self.probe.attach()
+
+    def failed(self, error: BaseException) -> None:
+        """Keep the graph: why it failed is asked when the findings are made."""
+        self.facts.failed = True
+        state = self.tracer.here
+        self.tracer.facts.error = ErrorFacts(
+            error, "backward", self.facts.roots, tuple([False] * len(self.facts.roots)), self.facts.stack,
+            backward=self.facts, graph=self.graph, grad_enabled=torch.is_grad_enabled(),
+            regions=(*state.off, *state.inference), frames=_frames(),
+        )  # fmt: skip
+
+    def done(self, out: Any) -> None:
+        """Write what this backward did."""
+        tracer, facts, graph = self.tracer, self.tracer.facts, self.graph
+        leaves = graph.leaves()
+        mine = self.facts
+        if not mine.retain:
+            runs = graph.executed_for(self.inputs) if self.inputs else None
+            mark = (facts.generation, mine.stack, mine.seq)
+            for function in graph.nodes:
+                if (runs is None or function in runs) and getattr(function, "variable", None) is None:
+                    function.metadata[FREED] = mark
+        if mine.accumulates:
+            mine.leaves = frozenset([id(leaf) for _, leaf in leaves])
+            for _, leaf in leaves:
+                if leaf.grad is None:
+                    continue
+                parameter = tracer.parameter(leaf)
+                parameter.reached += 1
+                parameter.last_reached = facts.generation
+                if parameter.first_reached is None:
+                    parameter.first_reached = facts.generation
+                self._own_gradient(leaf)
+            for root in mine.roots:
+                self._sum(root)
+            self.probe.read(leaves)
+            facts.generation += 1
+            while facts.escapes and facts.escapes[0].generation < facts.generation - 2:
+                facts.escapes.popleft()
+            if facts.generation % _HISTORY_EVERY == 0 and facts.generation < _HISTORY_LAST:
+                find_kept(tracer)
+        else:
+            self._returned(out)
+
+    def _own_gradient(self, leaf: Tensor) -> None:
+        grad = leaf.grad
+        assert grad is not None
+        known = self.tracer.map.get(grad)
+        if known is None:
+            node = self.tracer.new("grad", ())
+            node.extra = id(leaf)
+            node.ref = self.tracer.map.set(grad, node)
+
+    def _returned(self, out: Any) -> None:
+        tracer, mine = self.tracer, self.facts
+        returned = list(out) if isinstance(out, (tuple, list)) else [out]
+        mine.missing = tuple([position for position, value in enumerate(returned) if value is None])
+        inputs = [tracer.node(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)]
+        nodes = [*mine.roots, *inputs]
+        live = [node.requires_grad for node in nodes]
+        for value in returned:
+            if isinstance(value, Tensor):
+                node = tracer.made("autograd.grad", value, nodes, live, mine.stack)
+                node.extra = mine
+                if not mine.create_graph:
+                    node.cut = "constant"
+
+    def _sum(self, root: Node) -> None:
+        """Note the terms of a loss that depend on parameters, and carry no gradient to them."""
+        parts = terms(root)
+        if len(parts) < 2 and not any(node.scalars for node in upstream([root])[:8]):
+            return
+        dead = [part for part in parts if not part.live and part.trainable and part.inputs]
+        for part in dead:
+            key = (part.op, part.stack[:1])
+            if key not in self.tracer.facts.dead_terms:
+                self.tracer.facts.dead_terms[key] = [part, root, 0, self.facts.step]
+            self.tracer.facts.dead_terms[key][2] += 1
+
+    def _find_data_edits(self) -> None:
+        """Note values that were changed through `.data` after an operation of this graph had saved them."""
+        edits: dict[int, list[Any]] = {}
+        facts = self.tracer.facts
+        for mutation in reversed(facts.mutations):
+            if mutation.generation < facts.generation - 1:
+                break
+            if mutation.through_data and not mutation.in_optimizer:
+                edits.setdefault(mutation.storage, []).append(mutation)
+        if not edits:
+            return
+        for function in self.graph.nodes:
+            node = function.metadata.get(NODE) or self.graph.site.get(function)
+            for name in dir(function):
+                if not name.startswith("_saved_"):
+                    continue
+                try:
+                    saved = getattr(function, name)
+                except (RuntimeError, AttributeError):
+                    continue
+                if isinstance(saved, Tensor):
+                    for mutation in edits.get(saved.untyped_storage()._cdata, ()):
+                        if node is not None and mutation.seq > node.seq:
+                            facts.data_edits.setdefault(mutation.stack[:1], (mutation, node, function.name()))
+
+
+def _frames() -> tuple[int, ...]:
+    import sys
+
+    found: list[int] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        found.append(id(frame))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def find_kept(tracer: Tracer) -> None:
+    """Note values whose graphs of several generations are still alive, by the line that made them."""
+    groups: dict[Any, set[int]] = {}
+    example: dict[Any, Node] = {}
+    for _, node in tracer.map.items():
+        if not node.live or not node.stack:
+            continue
+        generations = {node.generation}
+        at = node
+        while True:
+            parents = [
+                parent
+                for parent, alive in zip(at.inputs, at.live_inputs, strict=False)
+                if alive and parent.op == at.op and parent.stack[:1] == at.stack[:1] and parent.generation < at.generation
+            ]
+            if not parents:
+                break
+            at = parents[0]
+            generations.add(at.generation)
+        key = node.stack[:1]
+        groups.setdefault(key, set()).update(generations)
+        known = example.get(key)
+        if known is None or node.seq > known.seq:
+            example[key] = node
+    for key, generations in groups.items():
+        if len(generations) >= 3:
+            kept = tracer.facts.kept.get(key)
+            if kept is None or kept[1] < len(generations):
+                tracer.facts.kept[key] = (example[key], len(generations), tracer.facts.generation)

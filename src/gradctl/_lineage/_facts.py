@@ -1,0 +1,227 @@
+"""The facts of a traced run: what happened, in order. Nothing here judges."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from gradctl._lineage._frames import Stack
+from gradctl._lineage._node import Node, Region
+
+GradState = Literal["none", "zero", "ok", "nonfinite"]
+
+
+class Escape(NamedTuple):
+    """A value with history became a Python number or a numpy array.
+
+    `result` is the number itself (kept, so that its identity stays its own), None for arrays and lists.
+    """
+
+    node: Node
+    kind: str
+    stack: Stack
+    generation: int
+    seq: int
+    result: Any
+    live: bool
+
+
+class Mutation(NamedTuple):
+    """An in-place operation raised the version of a tensor. `through_data`: the tensor was obtained by `.data`."""
+
+    storage: int
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...] | None
+    before: int
+    after: int
+    stack: Stack
+    op: str
+    generation: int
+    seq: int
+    in_optimizer: bool
+    through_data: bool
+    tensor_id: int
+
+
+class FlagChange(NamedTuple):
+    """`requires_grad` of a tensor was changed from outside."""
+
+    tensor_id: int
+    ref: weakref.ref[Tensor]
+    to: bool
+    stack: Stack
+    generation: int
+    seq: int
+
+
+class GradEvent(NamedTuple):
+    """Something other than backward touched a `.grad`.
+
+    kind: "set" (assigned a tensor), "none" (assigned None), "edit" (changed in place), "zero_grad" (of an optimizer or
+    module: the ids of the parameters in `ids`), "read".
+    """
+
+    kind: str
+    ids: frozenset[int]
+    op: str
+    stack: Stack
+    generation: int
+    seq: int
+    value: int
+
+
+@dataclass(slots=True)
+class ParameterFacts:
+    """What became of the gradient of one leaf.
+
+    Attributes:
+        ref: weak reference to it.
+        node: its node.
+        is_parameter: whether it is an nn.Parameter.
+        reached: number of backward calls that delivered a gradient to it.
+        states: `(step, state)` at each step of an optimizer that holds it, oldest dropped after 4,000.
+        first_reached: generation of the first gradient.
+        explained: at which steps it was without a gradient and what the lineage said then: `(step, kind, node)`,
+            kind as `_walk.why_unreached` returns it.
+        hand_written: number of in-place changes by the user after the first step, none of them by an optimizer.
+        norm: largest absolute entry of the last gradient seen.
+    """
+
+    ref: weakref.ref[Tensor]
+    node: Node
+    is_parameter: bool
+    reached: int = 0
+    states: deque[tuple[int, GradState]] = field(default_factory=lambda: deque(maxlen=4000))
+    first_reached: int | None = None
+    explained: list[tuple[int, str, Any]] = field(default_factory=list)
+    hand_written: int = 0
+    norm: float | None = None
+    last_reached: int = -1
+    killers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class OptimizerFacts:
+    """An optimizer: where it was made, what it held at its last step."""
+
+    ref: weakref.ref[Any]
+    stack: Stack
+    seq: int
+    name: str
+    held: frozenset[int] = frozenset()
+    steps: int = 0
+    last_grads: dict[int, int] = field(default_factory=dict)
+    last_step_seq: int = -1
+    last_step_stack: Stack = ()
+    uncleared: list[tuple[int, Stack]] = field(default_factory=list)
+    cleared_before_step: list[tuple[int, GradEvent, Stack]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class BackwardFacts:
+    """One call of the engine.
+
+    Attributes:
+        generation: number of accumulating backwards before it.
+        roots: nodes of the outputs.
+        stack: user frames.
+        accumulates: whether it writes `.grad` (backward), or returns (autograd.grad).
+        retain, create_graph: as asked for.
+        inputs: nodes of the tensors differentiated with respect to, for autograd.grad.
+        leaves: ids of the leaves that the graph reaches.
+        step: number of optimizer steps before it.
+        seq: order.
+        missing: positions of inputs that came back as None.
+    """
+
+    generation: int
+    roots: tuple[Node, ...]
+    stack: Stack
+    accumulates: bool
+    retain: bool
+    create_graph: bool
+    inputs: tuple[Node, ...]
+    step: int
+    seq: int
+    leaves: frozenset[int] = frozenset()
+    missing: tuple[int, ...] = ()
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class ErrorFacts:
+    """A torch call raised, with what is known about its arguments.
+
+    Attributes:
+        error: the exception (compared by identity with the one that ended the program).
+        op: the operation.
+        nodes: nodes of its tensor arguments.
+        inference: for each, whether it is an inference tensor.
+        stack: user frames.
+        backward: the facts of the backward that raised, if it was one.
+        graph: for a failed backward, its graph nodes (see `_backward.Graph`), kept until the findings are made.
+        modes: grad mode at that moment, and the regions that were open.
+    """
+
+    error: BaseException
+    op: str
+    nodes: tuple[Node, ...]
+    inference: tuple[bool, ...]
+    stack: Stack
+    backward: BackwardFacts | None = None
+    graph: Any = None
+    grad_enabled: bool = True
+    regions: tuple[Region, ...] = ()
+    frames: tuple[int, ...] = ()
+
+
+@dataclass(slots=True)
+class Hit:
+    """What the numeric probe found at one node of a backward graph.
+
+    kind: "nonfinite" (finite in, NaN or inf out), "zero" (something in, exactly zero out), "tiny" (below 1e-30),
+    "forward" (a value of the forward was NaN or inf already).
+    """
+
+    kind: str
+    function: str
+    node: Node | None
+    magnitude: float
+    generation: int
+    step: int
+    leaf: int | None = None
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Facts:
+    """Everything that was heard, newest last; the queues are bounded."""
+
+    escapes: deque[Escape] = field(default_factory=lambda: deque(maxlen=4000))
+    mutations: deque[Mutation] = field(default_factory=lambda: deque(maxlen=20000))
+    flags: deque[FlagChange] = field(default_factory=lambda: deque(maxlen=20000))
+    grad_events: deque[GradEvent] = field(default_factory=lambda: deque(maxlen=4000))
+    backwards: deque[BackwardFacts] = field(default_factory=lambda: deque(maxlen=16))
+    parameters: dict[int, ParameterFacts] = field(default_factory=dict)
+    optimizers: dict[int, OptimizerFacts] = field(default_factory=dict)
+    error: ErrorFacts | None = None
+    hits: list[Hit] = field(default_factory=list)
+    dead_terms: dict[Any, Any] = field(default_factory=dict)
+    constants: dict[Any, Any] = field(default_factory=dict)
+    data_edits: dict[Any, Any] = field(default_factory=dict)
+    kept: dict[Any, Any] = field(default_factory=dict)
+    aliased: dict[Any, Any] = field(default_factory=dict)
+    read_by_user: set[int] = field(default_factory=set)
+    none_read: tuple[Node, bool, Stack] | None = None
+    non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)
+    registered: list[tuple[weakref.ref[Any], str, weakref.ref[Any], Stack, int]] = field(default_factory=list)
+    modules_set: list[tuple[weakref.ref[Any], str, weakref.ref[Any], Stack, int]] = field(default_factory=list)
+    threads: int = 1
+    steps: int = 0
+    generation: int = 0
+    fired: int = 0
+    notes: list[str] = field(default_factory=list)

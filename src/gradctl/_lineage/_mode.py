@@ -1,0 +1,356 @@
+"""The TorchFunctionMode that sees every torch call of one thread, and keeps lineage through breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+
+from gradctl._lineage._facts import ErrorFacts, FlagChange
+from gradctl._lineage._frames import Stack
+from gradctl._lineage._node import Node, Region
+from gradctl._lineage._operations import Plan, plan_for
+from gradctl._lineage._tracer import Tracer, is_leaf
+
+_TORCH_TENSORS = (Tensor, Parameter)
+
+
+class Mode(TorchFunctionMode):
+    """Sees the torch calls of the thread that entered it.
+
+    A call is passed on unchanged, and its result returned as it is. What our own bookkeeping raises never reaches the
+    program: the tracer disables itself.
+
+    Args:
+        tracer: where the facts go.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._plans: dict[Any, Plan] = {}
+        self._state = tracer.here
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        plan = self._plans.get(func)
+        if plan is None:
+            plan = self._plans[func] = plan_for(func, frozenset(HANDLERS))
+        tracer, state = self._tracer, self._state
+        if plan.kind == "pass" or state.silent or tracer.blind():
+            return func(*args, **kwargs)
+        if plan.kind == "special":
+            return HANDLERS[plan.name](tracer, func, args, kwargs)
+        tensors = tensors_in(args, kwargs)
+        stack: Stack | None = None
+        try:
+            guard = any([type(tensor) not in _TORCH_TENSORS for tensor in tensors])
+            with torch._C.DisableTorchFunctionSubclass() if guard else _NOTHING:
+                in_place = bool(tensors) and (plan.in_place or "out" in kwargs or kwargs.get("inplace") is True)
+                if in_place and any([tensor.is_inference() for tensor in tensors]):
+                    in_place = False
+                versions = [tensor._version for tensor in tensors] if in_place else ()
+                inside = state.optimizer > 0 and not in_closure(tracer)
+                if not inside:
+                    sources = tensors if plan.values == "all" else tensors[:1] if plan.values == "first" else []
+                    inputs = [tracer.node(tensor) for tensor in sources]
+                    live = [tensor.requires_grad for tensor in sources]
+        except Exception as fault:
+            tracer.disable(fault)
+            return func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            note_failure(tracer, error, plan.name, tensors)
+            raise
+        try:
+            with torch._C.DisableTorchFunctionSubclass() if guard else _NOTHING:
+                if inside:
+                    if in_place:
+                        tracer.mutated(plan.name, tensors, versions, tracer.frames.stack(), optimizer=True)
+                    return out
+                if plan.kind == "escape":
+                    if inputs and inputs[0].trainable:
+                        tracer.escaped(tensors[0], plan.name, out, tracer.frames.stack())
+                    return out
+                outputs: list[Tensor] = (
+                    [out] if isinstance(out, Tensor)
+                    else [item for item in out if isinstance(item, Tensor)] if isinstance(out, (tuple, list))
+                    else []
+                )  # fmt: skip
+                if not outputs and not in_place:
+                    return out
+                stack = tracer.frames.stack()
+                if in_place:
+                    for tensor in tracer.mutated(plan.name, tensors, versions, stack, optimizer=False):
+                        self._changed(tracer, plan.name, tensor, inputs, live, stack)
+                scalars: tuple[Any, ...] | None = None
+                for output in outputs:
+                    if any([output is tensor for tensor in tensors]):
+                        continue
+                    node = tracer.made(plan.name, output, inputs, live, stack)
+                    if scalars is None:
+                        scalars = tuple([value for value in args if type(value) in (float, int)])
+                    node.scalars = scalars
+        except Exception as fault:
+            tracer.disable(fault)
+        return out
+
+    @staticmethod
+    def _changed(
+        tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack
+    ) -> None:
+        """Give a tensor that was changed in place, and its base, their new nodes."""
+        if is_leaf(tensor) and (tensor.requires_grad or isinstance(tensor, Parameter)):
+            return
+        owner = tracer.map.get(tensor)
+        if owner is not None and owner.op == "grad":
+            return
+        node = tracer.made(op, tensor, inputs, live, stack)
+        node.extra = "in place"
+        base = tensor._base
+        if base is not None and not (is_leaf(base) and base.requires_grad):
+            tracer.made(op, base, [*inputs, tracer.node(base)], [*live, base.requires_grad], stack).extra = "in place"
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors among arguments, two levels of lists deep."""
+    found: list[Tensor] = []
+    for value in args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            for item in value:
+                if isinstance(item, Tensor):
+                    found.append(item)
+                elif type(item) in (list, tuple):
+                    found += [part for part in item if isinstance(part, Tensor)]
+    for value in kwargs.values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) in (list, tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+def in_closure(tracer: Tracer) -> bool:
+    """Whether the user's code runs nearer than the optimizer's: a closure, or an optimizer written by the user."""
+    stack_frame: Any = inspect.currentframe()
+    while stack_frame is not None:
+        name = stack_frame.f_code.co_filename
+        if tracer.frames.is_user(name):
+            return True
+        if "/torch/optim/" in name:
+            return False
+        stack_frame = stack_frame.f_back
+    return False
+
+
+def note_failure(tracer: Tracer, error: BaseException, op: str, tensors: list[Tensor]) -> None:
+    """Keep what is known about the arguments of a torch call that raised."""
+    try:
+        state = tracer.here
+        tracer.facts.error = ErrorFacts(
+            error, op, tuple([tracer.node(tensor) for tensor in tensors]),
+            tuple([tensor.is_inference() for tensor in tensors]), tracer.frames.stack(),
+            grad_enabled=torch.is_grad_enabled(), regions=(*state.off, *state.inference),
+        )  # fmt: skip
+    except Exception as fault:
+        tracer.disable(fault)
+
+
+# ---------------------------------------------------------------------------------------------- special functions
+
+
+def _looking(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """Run `handler(tracer, result, args, kwargs, before)` after the call; its faults disable the tracer."""
+
+    def handle(tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            before = handler.before(tracer, args) if hasattr(handler, "before") else None  # type: ignore[attr-defined]
+        except Exception as fault:
+            tracer.disable(fault)
+            return func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception as error:
+            note_failure(tracer, error, getattr(func, "__name__", "?"), tensors_in(args, kwargs))
+            raise
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                handler(tracer, out, args, kwargs, before)
+        except Exception as fault:
+            tracer.disable(fault)
+        return out
+
+    return handle
+
+
+def _set_grad_enabled(
+    tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    was = torch._C.is_grad_enabled()
+    out = func(*args, **kwargs)
+    now = torch._C.is_grad_enabled()
+    if was == now:
+        return out
+    try:
+        _region_changed(tracer, opened=was)
+    except Exception as fault:
+        tracer.disable(fault)
+    return out
+
+
+def _region_changed(tracer: Tracer, *, opened: bool) -> None:
+    state = tracer.here
+    frame: Any = inspect.currentframe()
+    frame = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+    leaving = False
+    decorated = library = None
+    for _ in range(16):
+        if frame is None:
+            break
+        name = frame.f_code.co_filename
+        if tracer.frames.is_user(name):
+            break
+        called = frame.f_code.co_name
+        if called == "__exit__" and name.endswith("grad_mode.py"):
+            leaving = True
+        if called in ("decorate_context", "generator_context") and "func" in frame.f_locals:
+            code = getattr(inspect.unwrap(frame.f_locals["func"]), "__code__", None)
+            if code is not None and tracer.frames.is_user(code.co_filename):
+                decorated = code
+        if "/distributions/" in name:
+            library = "sample"
+        elif name.endswith("utils/checkpoint.py"):
+            library = "checkpoint"
+        elif "/optim/" in name:
+            library = "optimizer"
+        frame = frame.f_back
+    if opened:
+        if leaving and state.suspended:
+            region = state.suspended.pop()
+            region.open = region.resumed = True
+        else:
+            region = Region("no_grad", tracer.frames.stack())
+            region.decorated, region.library, region.frame = decorated, library, id(frame)
+            region.generator = frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+        state.off.append(region)
+    elif state.off:
+        region = state.off.pop()
+        region.open = False
+        if not leaving:
+            state.suspended.append(region)
+            if len(state.suspended) > 64:
+                del state.suspended[0]
+
+
+def _data_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    tensor = args[0]
+    if tracer.here.optimizer and not in_closure(tracer):
+        return
+    source = tracer.node(tensor)
+    node = tracer.made("data.__get__", out, [source], [tensor.requires_grad], tracer.frames.stack())
+    if source.op == "grad":
+        node.op, node.extra = "grad", source.extra
+    tracer.through_data.set(out, tracer.through_data.get(tensor) or id(tensor))
+
+
+def _data_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    parameter = tracer.facts.parameters.get(id(args[0]))
+    if parameter is not None and tracer.facts.generation > 0 and not tracer.here.optimizer:
+        parameter.hand_written += 1
+    owner = tracer.map.get(args[0])
+    if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
+        tracer.grad_event("edit", [owner.extra], "data.__set__", tracer.frames.stack())
+
+
+def _flag_changed(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    import weakref
+
+    tensor = args[0]
+    if before == tensor.requires_grad:
+        return
+    stack = tracer.frames.stack()
+    tracer.facts.flags.append(
+        FlagChange(
+            id(tensor), weakref.ref(tensor), tensor.requires_grad, stack, tracer.facts.generation, tracer.seq()
+        )
+    )
+    node: Node | None = tracer.map.get(tensor)
+    if tensor.requires_grad and node is not None and not node.leaf and not node.live:
+        forced = tracer.new("requires_grad_forced", stack, [node], [False])
+        forced.requires_grad = forced.trainable = forced.leaf = True
+        forced.shape, forced.dtype = tuple(tensor.shape), tensor.dtype
+        forced.ref = tracer.map.set(tensor, forced)
+
+
+_flag_changed.before = lambda tracer, args: args[0].requires_grad  # type: ignore[attr-defined]
+
+
+def _grad_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    tensor = args[0]
+    frame: Any = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.endswith(("_mode.py", "overrides.py")):
+        frame = frame.f_back
+    if frame is None or not tracer.frames.is_user(frame.f_code.co_filename):
+        return
+    facts = tracer.facts
+    facts.read_by_user.add(id(tensor))
+    stack = tracer.frames.stack()
+    if out is not None:
+        known = tracer.map.get(out)
+        node = tracer.new("grad", stack)
+        node.extra = id(tensor)
+        node.shape, node.dtype = tuple(out.shape), out.dtype
+        if known is not None and known.op != "grad":
+            node.inputs, node.live_inputs = known.inputs, known.live_inputs
+            node.trainable = known.trainable
+        node.ref = tracer.map.set(out, node)
+    elif facts.generation > 0 and tensor.requires_grad:
+        node = tracer.node(tensor)
+        facts.none_read = (node, is_leaf(tensor), stack)
+        if not is_leaf(tensor) and not tensor.retains_grad and len(facts.non_leaf_reads) < 100:
+            facts.non_leaf_reads.append((node, stack))
+        elif is_leaf(tensor):
+            tracer.parameter(tensor)
+
+
+def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    tensor, value = args[0], args[1] if len(args) > 1 else None
+    if tracer.here.optimizer and not in_closure(tracer):
+        return
+    frame: Any = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.endswith(("_mode.py", "overrides.py")):
+        frame = frame.f_back
+    if value is None:
+        tracer.grad_event("none", [id(tensor)], "grad.__set__", tracer.frames.stack())
+    else:
+        tracer.grad_event("set", [id(tensor)], "grad.__set__", tracer.frames.stack(), id(value))
+
+
+def _grad_deleted(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    tracer.grad_event("none", [id(args[0])], "del .grad", tracer.frames.stack())
+
+
+HANDLERS: dict[str, Callable[..., Any]] = {
+    "_set_grad_enabled": _set_grad_enabled,
+    "data.__get__": _looking(_data_read),
+    "data.__set__": _looking(_data_written),
+    "requires_grad.__set__": _looking(_flag_changed),
+    "requires_grad_": _looking(_flag_changed),
+    "grad.__get__": _looking(_grad_read),
+    "grad.__set__": _looking(_grad_written),
+    "grad.__delete__": _looking(_grad_deleted),
+}

@@ -1,0 +1,161 @@
+"""What optimizers do: who is held, what state each gradient is in at the step, who cleared it and when."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradctl._lineage._facts import GradState, OptimizerFacts
+from gradctl._lineage._frames import Stack
+from gradctl._lineage._tracer import Tracer, read_numbers
+from gradctl._lineage._walk import Unreached
+
+_EXPLAIN = 8
+_REMEMBER = 50
+
+
+def optimizer_facts(tracer: Tracer, optimizer: Any, stack: Stack) -> OptimizerFacts:
+    """Return the facts of an optimizer; new ones when it was not seen before."""
+    known = tracer.facts.optimizers.get(id(optimizer))
+    if known is None or known.ref() is not optimizer:
+        known = OptimizerFacts(weakref.ref(optimizer), stack, tracer.seq(), type(optimizer).__name__)
+        tracer.facts.optimizers[id(optimizer)] = known
+    return known
+
+
+def held_by(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"] if isinstance(p, Tensor)]
+
+
+def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
+    """Write the facts of a step that is about to use its gradients."""
+    facts = tracer.facts
+    mine = optimizer_facts(tracer, optimizer, stack)
+    params = held_by(optimizer)
+    mine.held = frozenset([id(p) for p in params])
+    states = _states(params)
+    backwards = [b for b in facts.backwards if b.accumulates and not b.failed and b.seq > mine.last_step_seq]
+    step = facts.steps
+    unreached: Unreached | None = None
+    with_grad: dict[int, int] = {}
+    pointers: dict[int, Tensor] = {}
+    lost: list[tuple[Tensor, GradState]] = []
+    for p, state in zip(params, states, strict=True):
+        if not p.requires_grad and p.grad is None:
+            continue
+        parameter = tracer.parameter(p)
+        parameter.states.append((step, state))
+        grad = p.grad
+        if grad is None:
+            if p.requires_grad and backwards and len(parameter.explained) < _EXPLAIN:
+                if unreached is None:
+                    roots = [root for b in backwards for root in b.roots]
+                    log = [node for key in sorted(tracer.log) for node in tracer.log[key]]
+                    unreached = Unreached(roots, tuple(facts.escapes), log)
+                kind, evidence = unreached.why(parameter.node)
+                parameter.explained.append((step, kind, evidence))
+            if p.requires_grad and parameter.last_reached >= (backwards[0].generation if backwards else 1 << 60):
+                lost.append((p, state))
+            continue
+        with_grad[id(p)] = id(grad)
+        if state == "zero" and parameter.norm and backwards and parameter.last_reached >= backwards[0].generation:
+            lost.append((p, state))
+        if grad.layout is torch.strided and grad.numel() and grad.device.type != "meta":
+            twin = pointers.setdefault(grad.data_ptr(), p)
+            if twin is not p and twin.grad is not None and twin.grad.shape == grad.shape and facts.generation:
+                facts.aliased.setdefault((id(twin), id(p)), (step, stack))
+    if lost:
+        _who_took_it(tracer, mine, lost, stack)
+    same = [key for key, value in with_grad.items() if mine.last_grads.get(key) == value]
+    if same and backwards and not _cleared_since(tracer, mine, frozenset(same)):
+        mine.uncleared.append((step, stack))
+        del mine.uncleared[:-_REMEMBER]
+    mine.last_grads = with_grad
+    mine.last_step_seq = tracer.seq()
+    mine.last_step_stack = stack
+    mine.steps += 1
+    facts.steps += 1
+
+
+def _states(params: list[Tensor]) -> list[GradState]:
+    states: list[GradState] = ["none" if p.grad is None else "ok" for p in params]
+    norms: list[Tensor] = []
+    where: list[int] = []
+    for position, p in enumerate(params):
+        grad = p.grad
+        if grad is None or type(grad) is not Tensor or grad.device.type == "meta":
+            continue
+        if grad.layout is torch.sparse_coo:
+            grad = grad._values()
+        if grad.layout is not torch.strided or not (grad.is_floating_point() or grad.is_complex()):
+            continue
+        if grad.numel() == 0:
+            continue
+        norms.append(grad)
+        where.append(position)
+    if not norms:
+        return states
+    with torch.no_grad():
+        numbers = read_numbers([torch.linalg.vector_norm(grad.detach(), float("inf")) for grad in norms])
+    for position, number in zip(where, numbers, strict=True):
+        states[position] = "zero" if number == 0.0 else "ok" if number - number == 0.0 else "nonfinite"
+    return states
+
+
+def _who_took_it(tracer: Tracer, mine: OptimizerFacts, lost: list[tuple[Tensor, GradState]], stack: Stack) -> None:
+    """Find the event that emptied gradients which a backward since the last step had filled."""
+    for event in reversed(tracer.facts.grad_events):
+        if event.seq < mine.last_step_seq:
+            break
+        hit = [p for p, _ in lost if id(p) in event.ids]
+        if hit and event.kind != "read":
+            for p in hit:
+                tracer.parameter(p).killers["taken"] = (event, 1 + tracer.parameter(p).killers.get("taken", (0, 0))[1])
+            mine.cleared_before_step.append((tracer.facts.steps, event, stack))
+            del mine.cleared_before_step[:-_REMEMBER]
+            lost = [(p, s) for p, s in lost if id(p) not in event.ids]
+            if not lost:
+                return
+    for p, _ in lost:
+        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            tracer.parameter(p).killers["hook"] = (None, 1)
+
+
+def _cleared_since(tracer: Tracer, mine: OptimizerFacts, ids: frozenset[int]) -> bool:
+    for event in reversed(tracer.facts.grad_events):
+        if event.seq < mine.last_step_seq:
+            break
+        if event.ids & ids and (event.kind in ("zero_grad", "none", "set") or event.op in ("zero_", "fill_", "_foreach_zero_", "copy_")):
+            return True
+    return False
+
+
+def wrap_zero_grad(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the wrap of `Optimizer.zero_grad`, and of `Module.zero_grad`."""
+
+    def around(inner: Callable[..., Any]) -> Callable[..., Any]:
+        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            state = tracer.here
+            if state.silent or tracer.blind():
+                return inner(owner, *args, **kwargs)
+            try:
+                with torch._C.DisableTorchFunction():
+                    params = held_by(owner) if hasattr(owner, "param_groups") else list(owner.parameters())
+                    name = f"{type(owner).__name__}.zero_grad"
+                    tracer.grad_event("zero_grad", [id(p) for p in params], name, tracer.frames.stack())
+            except Exception as fault:
+                tracer.disable(fault)
+            state.silent += 1
+            try:
+                return inner(owner, *args, **kwargs)
+            finally:
+                state.silent -= 1
+
+        return zero_grad
+
+    return around

@@ -1,0 +1,310 @@
+"""Start and stop tracing: every interception of a trace, in one list, and its exact undoing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradctl import _taps
+from gradctl import _torch_private as private
+from gradctl._lineage import _backward, _steps
+from gradctl._lineage._frames import Frames
+from gradctl._lineage._mode import Mode
+from gradctl._lineage._node import Region
+from gradctl._lineage._tracer import Tracer, grad_fn_of
+
+
+class Trace:
+    """A trace of this process, in every thread that Python starts while it runs.
+
+    Args:
+        into: installed packages that count as the user's code.
+        script: the file that runs, if it is known.
+        numerics: look at the numbers of forward and backward too (about twice the cost of a step; without, about 1.2).
+        on_step: called after each optimizer step's facts are written, before the step itself.
+    """
+
+    def __init__(
+        self,
+        *,
+        into: Sequence[str] = (),
+        script: str | None = None,
+        numerics: bool = True,
+        on_step: Callable[[Tracer], None] | None = None,
+    ) -> None:
+        self.tracer = Tracer(Frames(into, script), numerics=numerics, on_step=on_step)
+        self._undo = contextlib.ExitStack()
+        self._mode: Mode | None = None
+        self._running = False
+
+    def start(self) -> None:
+        """Begin to listen; a second call does nothing."""
+        if self._running:
+            return
+        self._running = True
+        tracer = self.tracer
+        with contextlib.ExitStack() as undo:
+            for handle in (
+                _taps.engine.subscribe(_backward.wrap(tracer), order="measure"),
+                _taps.optimizer_step.subscribe(before=self._before_step, after=self._after_step, order="record"),
+                _taps.zero_grad.subscribe(_steps.wrap_zero_grad(tracer), order="record"),
+                _taps.module_zero_grad.subscribe(_steps.wrap_zero_grad(tracer), order="record"),
+                _taps.optimizer_created.subscribe(self._optimizer_created, order="record"),
+                _taps.parameter_registered.subscribe(self._parameter_registered),
+                _taps.module_registered.subscribe(self._module_registered),
+                _taps.parameter_made.subscribe(self._parameter_made, order="record"),
+                _taps.variable_made.subscribe(self._variable_made, order="record"),
+                _taps.from_numpy.subscribe(self._from_numpy, order="record"),
+                _taps.function_apply.subscribe(self._function_apply, order="record"),
+                _taps.inference_entered.subscribe(self._inference_entered, order="record"),
+                _taps.inference_left.subscribe(self._inference_left, order="record"),
+                _taps.thread_start.subscribe(self._thread_start, order="record"),
+            ):
+                undo.callback(handle.remove)
+            # A compiled region would trace into the mode's own Python; while traced, everything runs eagerly.
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+            reference = weakref.ref(tracer)
+            os.register_at_fork(after_in_child=lambda: _disable_in_child(reference))
+            self._undo = undo.pop_all()
+        self._mode = Mode(tracer)
+        self._mode.__enter__()
+
+    def stop(self) -> None:
+        """Put everything back; a second call does nothing. The facts stay."""
+        if not self._running:
+            return
+        self._running = False
+        self.tracer.disabled = True
+        mode, self._mode = self._mode, None
+        depth = private.get("function_mode_depth")()
+        if mode is not None and depth and private.get("function_mode_at")(depth - 1) is mode:
+            mode.__exit__(None, None, None)
+        self._undo.close()
+
+    # ---------------------------------------------------------------------------------------------- optimizers
+
+    def _before_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tracer = self.tracer
+        state = tracer.here
+        if state.silent or tracer.blind():
+            return None
+        stack = tracer.frames.stack()
+        closure = kwargs.get("closure") or next((a for a in args[1:] if callable(a)), None)
+        if closure is None:
+            self._stepping(optimizer, stack)
+            state.optimizer += 1
+            return None
+
+        def with_facts() -> Any:
+            depth, state.optimizer = state.optimizer, 0
+            try:
+                loss = closure()
+            finally:
+                state.optimizer = depth
+            self._stepping(optimizer, stack)
+            return loss
+
+        state.optimizer += 1
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": with_facts}
+        return tuple(with_facts if a is closure else a for a in args), kwargs
+
+    def _stepping(self, optimizer: Any, stack: Any) -> None:
+        tracer = self.tracer
+        try:
+            with torch._C.DisableTorchFunction():
+                _steps.before_step(tracer, optimizer, stack)
+        except Exception as fault:
+            tracer.disable(fault)
+            return
+        if tracer.on_step is not None:
+            tracer.on_step(tracer)
+
+    def _after_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state = self.tracer.here
+        state.optimizer = max(0, state.optimizer - 1)
+
+    def _optimizer_created(self, inner: Any) -> Any:
+        def created(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+            out = inner(optimizer, *args, **kwargs)
+            if not self.tracer.disabled:
+                _steps.optimizer_facts(self.tracer, optimizer, self.tracer.frames.stack())
+            return out
+
+        return created
+
+    # ---------------------------------------------------------------------------------------------- modules
+
+    def _parameter_registered(self, module: Any, name: str, parameter: Any) -> None:
+        tracer = self.tracer
+        if tracer.disabled or not isinstance(parameter, Tensor):
+            return
+        stack = tracer.frames.stack()
+        if tracer.defined.get(parameter) is None:
+            tracer.defined.set(parameter, stack)
+        node = tracer.map.get(parameter)
+        if node is not None and node.leaf and not node.stack:
+            node.stack = stack
+        tracer.facts.registered.append((weakref.ref(module), name, weakref.ref(parameter), stack, tracer.seq()))
+
+    def _module_registered(self, module: Any, name: str, child: Any) -> None:
+        tracer = self.tracer
+        if tracer.disabled or child is None:
+            return
+        # Only what is set after training began matters here: building a model registers thousands.
+        if tracer.facts.generation or tracer.facts.optimizers:
+            tracer.facts.modules_set.append(
+                (weakref.ref(module), name, weakref.ref(child), tracer.frames.stack(), tracer.seq())
+            )
+
+    # ---------------------------------------------------------------------------------------------- new leaves
+
+    def _parameter_made(self, inner: Any) -> Any:
+        def new(cls: Any, data: Any = None, requires_grad: bool = True, **kwargs: Any) -> Any:
+            made = inner(cls, data, requires_grad, **kwargs)
+            if isinstance(data, Tensor) and made is not data and not self.tracer.disabled:
+                self._rewrapped("Parameter", data, made)
+            return made
+
+        return new
+
+    def _variable_made(self, inner: Any) -> Any:
+        def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            made = inner(cls, *args, **kwargs)
+            if args and isinstance(args[0], Tensor) and made is not args[0] and isinstance(made, Tensor):
+                self._rewrapped("Variable", args[0], made)
+            return made
+
+        return call
+
+    def _rewrapped(self, op: str, source: Tensor, made: Tensor) -> None:
+        tracer = self.tracer
+        if tracer.here.silent or tracer.blind() or tracer.here.optimizer:
+            return
+        try:
+            with torch._C.DisableTorchFunction():
+                behind = tracer.map.get(source)
+                if behind is None or not behind.trainable:
+                    return
+                node = tracer.new(op, tracer.frames.stack(), [behind], [source.requires_grad])
+                node.requires_grad = made.requires_grad
+                node.leaf = node.trainable = True
+                node.cut = "parameter" if op == "Parameter" else "variable"
+                node.shape, node.dtype = tuple(made.shape), made.dtype
+                node.ref = tracer.map.set(made, node)
+        except Exception as fault:
+            tracer.disable(fault)
+
+    def _from_numpy(self, inner: Any) -> Any:
+        def from_numpy(array: Any) -> Any:
+            made = inner(array)
+            tracer = self.tracer
+            if not tracer.here.silent and not tracer.blind():
+                try:
+                    node = tracer.new("from_numpy", tracer.frames.stack())
+                    node.shape, node.dtype = tuple(made.shape), made.dtype
+                    node.ref = tracer.map.set(made, node)
+                except Exception as fault:
+                    tracer.disable(fault)
+            return made
+
+        return from_numpy
+
+    # ---------------------------------------------------------------------------------------------- functions, modes
+
+    def _function_apply(self, inner: Any) -> Any:
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            tracer = self.tracer
+            state = tracer.here
+            if state.silent or tracer.blind():
+                return inner(cls, *args, **kwargs)
+            try:
+                with torch._C.DisableTorchFunction():
+                    tensors = [value for value in args if isinstance(value, Tensor)]
+                    inputs = [tracer.node(tensor) for tensor in tensors]
+                    live = [tensor.requires_grad for tensor in tensors]
+                    region = Region("function", tracer.frames.stack())
+                    region.library = cls.__name__
+            except Exception as fault:
+                tracer.disable(fault)
+                return inner(cls, *args, **kwargs)
+            state.functions.append(region)
+            try:
+                out = inner(cls, *args, **kwargs)
+            finally:
+                state.functions.pop()
+            try:
+                with torch._C.DisableTorchFunction():
+                    self._applied(cls, out, tensors, inputs, live)
+            except Exception as fault:
+                tracer.disable(fault)
+            return out
+
+        return apply
+
+    def _applied(self, cls: Any, out: Any, tensors: list[Tensor], inputs: list[Any], live: list[bool]) -> None:
+        tracer = self.tracer
+        outputs = [out] if isinstance(out, Tensor) else list(out) if isinstance(out, tuple) else []
+        for output in outputs:
+            if not isinstance(output, Tensor) or any(output is tensor for tensor in tensors):
+                continue
+            inside = tracer.map.get(output)
+            if grad_fn_of(output) is None and inside is not None:
+                continue  # keeps the lineage from inside, for example a reentrant checkpoint without a live input
+            more = [inside] if inside is not None and inside not in inputs else []
+            node = tracer.made(
+                f"{cls.__name__}.apply", output, [*inputs, *more], [*live, *([False] * len(more))],
+                tracer.frames.stack(),
+            )  # fmt: skip
+            node.extra = cls
+
+    def _inference_entered(self, inner: Any) -> Any:
+        def enter(context: Any) -> Any:
+            out = inner(context)
+            tracer = self.tracer
+            if not tracer.disabled and getattr(context, "mode", True):
+                tracer.here.inference.append(Region("inference", tracer.frames.stack()))
+            return out
+
+        return enter
+
+    def _inference_left(self, inner: Any) -> Any:
+        def leave(context: Any, *args: Any) -> Any:
+            state = self.tracer.here
+            if state.inference and getattr(context, "mode", True):
+                state.inference.pop().open = False
+            return inner(context, *args)
+
+        return leave
+
+    # ---------------------------------------------------------------------------------------------- threads
+
+    def _thread_start(self, inner: Any) -> Any:
+        def start(function: Any, args: Any = (), *rest: Any, **kwargs: Any) -> Any:
+            if self.tracer.disabled:
+                return inner(function, args, *rest, **kwargs)
+            self.tracer.facts.threads += 1
+
+            def traced(*inner_args: Any, **inner_kwargs: Any) -> Any:
+                if self.tracer.disabled:
+                    return function(*inner_args, **inner_kwargs)
+                with Mode(self.tracer):
+                    return function(*inner_args, **inner_kwargs)
+
+            return inner(traced, args, *rest, **kwargs)
+
+        return start
+
+
+def _disable_in_child(reference: weakref.ref[Tracer]) -> None:
+    tracer = reference()
+    if tracer is not None:
+        tracer.disabled = True
+
+

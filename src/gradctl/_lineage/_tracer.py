@@ -1,0 +1,323 @@
+"""The tracer of one process: what its modes and taps share, and how a node comes to be."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradctl import _torch_private as private
+from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, ParameterFacts
+from gradctl._lineage._frames import Frames, Stack
+from gradctl._lineage._node import Node, Region, TensorMap
+from gradctl._lineage._operations import REWRAPS, VIEWS
+
+_GENERATIONS = 2
+NODE = "gradctl"
+FREED = "gradctl_freed"
+
+
+class ThreadState:
+    """Modes of one thread: which regions are open, and whether torch itself is at work.
+
+    Attributes:
+        off, suspended, inference, functions: open regions, innermost last; `suspended` are those that an
+            `enable_grad` covers.
+        optimizer: depth of optimizer steps (not counting closures), whose own operations are not the program's.
+        silent: depth of stretches that are not traced (the engine runs, or we look).
+    """
+
+    def __init__(self) -> None:
+        self.off: list[Region] = []
+        self.suspended: list[Region] = []
+        self.inference: list[Region] = []
+        self.functions: list[Region] = []
+        self.optimizer = 0
+        self.silent = 0
+
+    def region(self) -> Region | None:
+        """The innermost stretch with gradients off."""
+        if self.off:
+            return self.off[-1]
+        return self.functions[-1] if self.functions else None
+
+
+class _PerThread(threading.local):
+    def __init__(self) -> None:
+        self.state = ThreadState()
+
+
+class Tracer:
+    """Facts about one traced program.
+
+    Args:
+        frames: tells the user's code.
+        numerics: check the numbers of forward and backward too.
+        on_step: called after the facts of an optimizer step are written, with the tracer.
+    """
+
+    def __init__(
+        self, frames: Frames, *, numerics: bool = True, on_step: Callable[[Tracer], None] | None = None
+    ) -> None:
+        self.frames = frames
+        self.numerics = numerics
+        self.on_step = on_step
+        self.facts = Facts()
+        self.map = TensorMap()
+        self.defined = TensorMap()
+        self.through_data = TensorMap()
+        self.log: dict[int, list[Node]] = {0: []}
+        self.faults: list[str] = []
+        self.disabled = False
+        self.pid = os.getpid()
+        self.pending: list[tuple[Node, Tensor]] = []
+        self.first_nan: tuple[Node, int] | None = None
+        self._seq = 0
+        self._threads = _PerThread()
+        self._level: Callable[[], Any] = private.get("functorch_level")
+        self._recent: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    @property
+    def here(self) -> ThreadState:
+        """The state of this thread."""
+        return self._threads.state
+
+    def seq(self) -> int:
+        """Return the next number in the order of events."""
+        self._seq += 1
+        return self._seq
+
+    def blind(self) -> bool:
+        """Whether nothing may be looked at now: inside of a torch.func transform, disabled, or in a forked child."""
+        return self.disabled or self._level() is not None
+
+    def disable(self, error: BaseException) -> None:
+        """Stop tracing after a fault of ours; the program goes on."""
+        self.disabled = True
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        self.faults.append(f"{type(error).__name__}: {error} ({os.path.basename(where.filename)}:{where.lineno})")
+
+    # ---------------------------------------------------------------------------------------------- nodes
+
+    def new(self, op: str, stack: Stack, inputs: Iterable[Node] = (), live_inputs: Iterable[bool] = ()) -> Node:
+        """Return a node that is not in the map yet."""
+        node = Node(op, stack, tuple(inputs), tuple(live_inputs), self.facts.generation, self.seq())
+        limit = node.generation - _GENERATIONS
+        for parent, live in zip(node.inputs, node.live_inputs, strict=True):
+            if parent.trainable:
+                node.trainable = True
+            if not live and parent.generation < limit:
+                parent.inputs = ()  # bounds the memory of long chains of values
+                parent.live_inputs = ()
+        return node
+
+    def leaf(self, tensor: Tensor) -> Node:
+        """Return a node for a tensor that was made out of sight, or for a leaf."""
+        grad_fn = grad_fn_of(tensor)
+        node = self.new("leaf" if grad_fn is None else "unknown", self.defined.get(tensor) or ())
+        node.requires_grad = tensor.requires_grad
+        node.leaf = grad_fn is None
+        node.live = grad_fn is not None
+        node.trainable = node.requires_grad or isinstance(tensor, Parameter)
+        node.shape = tuple(tensor.shape)
+        node.dtype = tensor.dtype
+        node.ref = self.map.set(tensor, node)
+        if grad_fn is not None:
+            node.op = grad_fn.name()
+            behind = grad_fn.metadata.get(NODE)
+            if behind is not None:
+                node.inputs, node.live_inputs, node.stack = (behind,), (True,), node.stack or behind.stack
+            else:
+                grad_fn.metadata[NODE] = node
+        return node
+
+    def node(self, tensor: Tensor) -> Node:
+        """Return the node of a tensor; makes one for what was not seen before."""
+        found: Node | None = self.map.get(tensor)
+        if found is None:
+            base = tensor._base
+            if base is not None:
+                found = self.map.get(base)
+                if found is not None:
+                    return found
+            return self.leaf(tensor)
+        if found.leaf:
+            found.requires_grad = tensor.requires_grad
+            found.trainable = found.trainable or found.requires_grad
+        return found
+
+    def made(
+        self, op: str, tensor: Tensor, inputs: Sequence[Node], live_inputs: Sequence[bool], stack: Stack
+    ) -> Node:
+        """Return the new node of an operation's output."""
+        node = self.new(op, stack, inputs, live_inputs)
+        node.requires_grad = tensor.requires_grad
+        grad_fn = grad_fn_of(tensor)
+        node.live = grad_fn is not None
+        node.shape = tensor.shape
+        node.dtype = dtype = tensor.dtype
+        any_live = True in node.live_inputs
+        if not node.live:
+            node.leaf = node.requires_grad and not any_live
+            node.trainable = node.trainable or node.leaf
+            state = self.here
+            if op in ("detach", "detach_"):
+                node.cut = "detach"
+            elif op == "data.__get__":
+                node.cut = "data"
+            elif op in REWRAPS:
+                node.cut = "rewrap"
+            elif not (dtype.is_floating_point or dtype.is_complex):
+                node.cut = "dtype"
+            elif torch.is_inference_mode_enabled():
+                node.cut = "inference"
+                node.region = state.inference[-1] if state.inference else None
+            elif not torch.is_grad_enabled():
+                node.cut = "grad_off"
+                node.region = state.region()
+            elif any_live:
+                node.cut = "op"
+        else:
+            grad_fn.metadata[NODE] = node
+        node.ref = self.map.set(tensor, node)
+        log = self.log.get(node.generation)
+        if log is None:
+            log = self.log[node.generation] = []
+            for old in [key for key in self.log if key <= node.generation - _GENERATIONS]:
+                del self.log[old]
+        log.append(node)
+        if self.numerics and node.trainable and op not in VIEWS:
+            self._check_forward(node, tensor, dtype)
+        return node
+
+    def _check_forward(self, node: Node, tensor: Tensor, dtype: torch.dtype) -> None:
+        # One reduction, read with all others of this generation at once: a NaN survives the maximum norm.
+        if (
+            self.first_nan is not None
+            or not dtype.is_floating_point
+            or type(tensor) not in (Tensor, Parameter)
+            or tensor.layout is not torch.strided
+            or tensor.device.type == "meta"
+            or torch.is_inference_mode_enabled()
+            or tensor.numel() == 0
+        ):
+            return
+        with torch._C._DisableTorchDispatch():
+            self.pending.append((node, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
+        if len(self.pending) >= 4096:
+            self.settle_forward()
+
+    def settle_forward(self) -> None:
+        """Read what the forward checks found: the first value that was NaN."""
+        pending, self.pending = self.pending, []
+        if not pending or self.first_nan is not None:
+            return
+        for position, value in enumerate(read_numbers([norm for _, norm in pending])):
+            if value != value:
+                self.first_nan = (pending[position][0], self.facts.steps)
+                return
+
+    # ---------------------------------------------------------------------------------------------- events
+
+    def parameter(self, tensor: Tensor) -> ParameterFacts:
+        """Return the facts of a leaf; new ones for a leaf not seen before."""
+        found = self.facts.parameters.get(id(tensor))
+        if found is None or found.ref() is not tensor:
+            found = ParameterFacts(weakref.ref(tensor), self.node(tensor), isinstance(tensor, Parameter))
+            self.facts.parameters[id(tensor)] = found
+        return found
+
+    def escaped(self, tensor: Tensor, kind: str, result: Any, stack: Stack) -> None:
+        """Note that a value became a Python number or an array."""
+        node = self.node(tensor)
+        if node.trainable:
+            kept = result if isinstance(result, (float, int, complex)) and not isinstance(result, bool) else None
+            self.facts.escapes.append(
+                Escape(node, kind, stack, self.facts.generation, self.seq(), kept, tensor.requires_grad)
+            )
+
+    def mutated(
+        self, op: str, tensors: Sequence[Tensor], versions: Sequence[int], stack: Stack, *, optimizer: bool
+    ) -> list[Tensor]:
+        """Note which of the tensors were changed in place; return them."""
+        changed: list[Tensor] = []
+        facts = self.facts
+        for tensor, before in zip(tensors, versions, strict=True):
+            after = tensor._version
+            if after == before:
+                continue
+            base = tensor._base
+            data = self.through_data.get(tensor)
+            facts.mutations.append(
+                Mutation(
+                    tensor.untyped_storage()._cdata, tuple(tensor.shape), None if base is None else tuple(base.shape),
+                    before, after, stack, op, facts.generation, self.seq(), optimizer, data is not None, id(tensor),
+                )
+            )  # fmt: skip
+            if not optimizer:
+                self._by_hand(tensor, data, op, stack)
+            changed.append(tensor)
+        return changed
+
+    def _by_hand(self, tensor: Tensor, data: int | None, op: str, stack: Stack) -> None:
+        facts = self.facts
+        for key in (id(tensor), data, None if tensor._base is None else id(tensor._base)):
+            if key is None:
+                continue
+            parameter = facts.parameters.get(key)
+            if parameter is not None and facts.generation > 0:
+                parameter.hand_written += 1
+        owner = self.map.get(tensor) or (tensor._base is not None and self.map.get(tensor._base)) or None
+        if isinstance(owner, Node) and owner.op == "grad" and isinstance(owner.extra, int):
+            self.grad_event("edit", [owner.extra], op, stack)
+
+    def grad_event(self, kind: str, ids: Iterable[int], op: str, stack: Stack, value: int = 0) -> GradEvent:
+        """Note that something other than backward touched a gradient."""
+        event = GradEvent(kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value)
+        self.facts.grad_events.append(event)
+        return event
+
+
+def grad_fn_of(tensor: Tensor) -> Any:
+    """Return the grad_fn; None where asking raises (a view made under no_grad and then modified)."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
+
+
+def is_leaf(tensor: Tensor) -> bool:
+    """Whether a tensor is a leaf; False where asking raises, as for `grad_fn_of`."""
+    try:
+        return tensor.is_leaf
+    except RuntimeError:
+        return False
+
+
+def read_numbers(values: Sequence[Tensor]) -> list[float]:
+    """Read 0-dim tensors of any dtypes and devices with one transfer for each kind."""
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for position, value in enumerate(values):
+        groups.setdefault((value.dtype, value.device), []).append(position)
+    numbers = [0.0] * len(values)
+    for positions in groups.values():
+        read = torch.stack([values[position] for position in positions]).tolist()
+        for position, number in zip(positions, read, strict=True):
+            numbers[position] = float(number)
+    return numbers
+
+
+def caller_of(filename_ends: tuple[str, ...]) -> Any:
+    """Return the nearest frame outward that does not lie in a file with one of these endings."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.endswith(filename_ends):
+        frame = frame.f_back
+    return frame

@@ -1,0 +1,192 @@
+"""Questions to the lineage: what a value came from, where its gradient was cut, and why a leaf was not reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from gradctl._lineage._facts import Escape
+from gradctl._lineage._node import Node
+
+_ADDITIVE = frozenset(
+    "add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ __isub__ sub_ subtract rsub sum mean stack cat neg __neg__ "
+    "negative squeeze unsqueeze reshape view __getitem__ to float double half bfloat16 clone contiguous".split()
+)
+_SCALING = frozenset("mul __mul__ __rmul__ mul_ __imul__ multiply div __truediv__ true_divide divide div_ __itruediv__".split())
+
+
+def upstream(roots: Iterable[Node], *, live: bool = False) -> list[Node]:
+    """Return every node that `roots` came from, themselves included; with `live`, through recorded history only."""
+    seen: set[int] = set()
+    queue = list(roots)
+    found: list[Node] = []
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        found.append(node)
+        if live:
+            if node.live:
+                queue += [parent for parent, alive in zip(node.inputs, node.live_inputs, strict=False) if alive]
+        else:
+            queue += node.inputs
+    return found
+
+
+def live_leaves(node: Node) -> set[int]:
+    """Return the ids of the leaf nodes that the live inputs of a node reach through recorded history."""
+    starts = [parent for parent, alive in zip(node.inputs, node.live_inputs, strict=False) if alive]
+    return {id(found) for found in upstream(starts, live=True) if found.leaf}
+
+
+def breaks(nodes: Iterable[Node]) -> list[Node]:
+    """Return the nodes that lost the history of an input, in the order of making."""
+    return sorted((node for node in nodes if node.lost), key=lambda node: node.seq)
+
+
+def sufficient_breaks(roots: Sequence[Node]) -> list[Node]:
+    """Return the breaks whose repair alone would reconnect a root, in the order of making.
+
+    From the roots downward it passes what is not cut itself: what merely had nothing to record, and what ran in the
+    same stretch without gradients as the break below it.
+    """
+    seen: set[int] = set()
+    queue = list(roots)
+    found: list[Node] = []
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.lost:
+            found.append(node)
+        if node.cut is None or (not node.lost and node.cut in ("grad_off", "inference")):
+            queue += node.inputs
+    return sorted(found, key=lambda node: node.seq)
+
+
+def path(root: Node, leaf: Node) -> list[Node]:
+    """Return one shortest chain of values from `leaf` to `root`, both included; empty when there is none."""
+    came: dict[int, Node | None] = {id(root): None}
+    queue = [root]
+    for node in queue:
+        if node is leaf:
+            chain: list[Node] = []
+            at: Node | None = node
+            while at is not None:
+                chain.append(at)
+                at = came[id(at)]
+            return chain
+        for parent in node.inputs:
+            if id(parent) not in came:
+                came[id(parent)] = node
+                queue.append(parent)
+    return []
+
+
+def terms(root: Node) -> list[Node]:
+    """Return what a loss is the sum of: the nodes below additions, scalings by numbers, and sums of stacks.
+
+    A product of two tensors, or any other operation, is one term.
+    """
+    found: list[Node] = []
+    seen: set[int] = set()
+    queue = [root]
+    while queue:
+        node = queue.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        small = _numel(node) <= 1 or node.op in ("stack", "cat")
+        scaling = node.op in _SCALING and len(node.inputs) == 1
+        if small and node.inputs and (node.op in _ADDITIVE or scaling) and all(_numel(i) <= 1 or i.op in ("stack", "cat") for i in node.inputs):
+            queue += node.inputs
+        else:
+            found.append(node)
+    return found
+
+
+def additive_nodes(root: Node) -> list[Node]:
+    """Return the additions and scalings that join the terms of a loss (see `terms`)."""
+    ends = {id(node) for node in terms(root)}
+    found: list[Node] = []
+    seen: set[int] = set()
+    queue = [root]
+    while queue:
+        node = queue.pop()
+        if id(node) in seen or id(node) in ends:
+            continue
+        seen.add(id(node))
+        found.append(node)
+        queue += node.inputs
+    return found
+
+
+def _numel(node: Node) -> int:
+    count = 1
+    for length in node.shape:
+        count *= length
+    return count
+
+
+class Unreached:
+    """Why leaves got no gradient from some backwards; one walk answers for all leaves.
+
+    Args:
+        roots: nodes of the outputs of those backwards.
+        escapes: values that left as numbers or arrays.
+        log: recent nodes, for outputs that reach nothing.
+    """
+
+    def __init__(self, roots: Sequence[Node], escapes: Sequence[Escape], log: Sequence[Node]) -> None:
+        self._roots = roots
+        self._escapes = escapes
+        self._log = log
+        self._behind: set[int] | None = None
+        self._cuts: dict[int, Node] | None = None
+        self._other: dict[int, Node] | None = None
+        self._escaped: list[tuple[Escape, set[int]]] | None = None
+
+    def why(self, leaf: Node) -> tuple[str, Any]:
+        """Return the reason and its evidence.
+
+        Returns:
+            ("break", Node): an operation that cut it; repairing it would reconnect the loss.
+            ("connected", None): values and history reach it.
+            ("escape", Escape): it left as a number or an array.
+            ("unused_output", Node): the last value computed from it reaches no loss.
+            ("unused", None): nothing was computed from it.
+        """
+        if self._behind is None:
+            self._prepare()
+        assert self._cuts is not None and self._behind is not None and self._other is not None
+        found = self._cuts.get(id(leaf)) or self._other.get(id(leaf))
+        if found is not None:
+            return "break", found
+        if id(leaf) in self._behind:
+            return "connected", None
+        if self._escaped is None:
+            self._escaped = [(escape, {id(n) for n in upstream([escape.node])}) for escape in self._escapes]
+        for escape, behind in self._escaped:
+            if id(leaf) in behind:
+                return "escape", escape
+        cone = {id(leaf)}
+        last: Node | None = None
+        for node in self._log:
+            if any([id(parent) in cone for parent in node.inputs]):
+                cone.add(id(node))
+                if node.live or last is None:
+                    last = node
+        return ("unused", None) if last is None else ("unused_output", last)
+
+    def _prepare(self) -> None:
+        behind = upstream(self._roots)
+        self._behind = {id(node) for node in behind}
+        self._cuts = {}
+        self._other = {}
+        sufficient = sufficient_breaks(self._roots)
+        for found, into in ((sufficient, self._cuts), (breaks(behind), self._other)):
+            for node in found:
+                for leaf in live_leaves(node):
+                    into.setdefault(leaf, node)
