@@ -1,1 +1,8 @@
 """Why a gradient is missing, zero, non-finite, stale or overwritten: one rule for each root cause, over the facts."""
+
+from __future__ import annotations
+
+from gradctl._explain._symptoms import Symptom
+from gradctl._explain._tracing import Tracing
+
+__all__ = ["Symptom", "Tracing"]
