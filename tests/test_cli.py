@@ -60,6 +60,8 @@ def test_verbs_and_options_are_frozen() -> None:
             "--quiet", "--watch-steps", "-q",
         ],
         "report": ["--force", "--json", "-o"],
+        "explain": ["--at-step", "--full", "--into", "--json", "--no-rerun", "--notes", "--steps"],
+        "cause": [],
         "env": ["--json"],
     }  # fmt: skip
 
@@ -102,7 +104,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys: pytest.CaptureFixture[
         (["rnu", "x.py"], "Did you mean `run`?"),
         (["reprot"], "Did you mean `report`?"),
         (["train.py"], "Did you mean `gradctl run train.py`?"),
-        (["zzzzzz"], "There are: env, report, run."),
+        (["zzzzzz"], "There are: cause, env, explain, report, run."),
         (["run"], "Missing SCRIPT, -m MODULE or -c CODE"),
         (["run", "-O"], "Missing SCRIPT"),
         (["run", "-m"], "Missing SCRIPT"),

@@ -187,6 +187,8 @@ def gradctl() -> None:
     gradctl run train.py --epochs 3      watch any script, unchanged
     gradctl run --grad off serve.py      no gradients, in any thread or child
     gradctl report gradctl-runs/...      look at a run again
+    gradctl explain train.py             which line loses the gradient?
+    gradctl cause detach                 about one cause
 
     \b
     Exit codes: `run` passes the script's through. Other verbs:
@@ -265,6 +267,85 @@ def report(run_dir: str, page: str | None, json_file: str | None, force: bool) -
     return ExitCode.CLEAN
 
 
+@gradctl.command(cls=_RunCommand, options_metavar="[OPTIONS]", short_help="Say which line loses a gradient, and why.")
+@click.option("--full", is_flag=True, help="Trace at once: one slow run instead of one or two.")
+@click.option("--steps", metavar="N", type=click.IntRange(min=1), help="End the traced run after N optimizer steps.")
+@click.option(
+    "--at-step", metavar="N", type=click.IntRange(min=1), help="The step that matters, numbered as in the report."
+)
+@click.option("--into", metavar="PACKAGE", multiple=True, help="Treat this installed package as your own code.")
+@click.option("--notes", is_flag=True, help="Also list breaks that do no harm.")
+@click.option("--no-rerun", "rerun", flag_value=False, is_flag=True, default=True, help="Never run the script twice.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write gradctl.findings/1; `-` prints only that, the script on stderr."
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="(SCRIPT | -m MODULE | -c CODE) [ARGS]...")
+@click.pass_context
+def explain(
+    ctx: click.Context,
+    /,
+    command: tuple[str, ...],
+    full: bool,
+    steps: int | None,
+    at_step: int | None,
+    into: tuple[str, ...],
+    notes: bool,
+    rerun: bool,
+    json_file: str | None,
+) -> int:
+    """Run SCRIPT, and if its gradients are not sound, name the line that lost, froze, zeroed or poisoned them.
+
+    The first run is the script's own, watched at almost no cost. Only if something is wrong, the script is run a second
+    time, traced and out of sight, until the cause is known; what it does to files and services then happens twice.
+
+    
+    Exit codes: 0 clean   1 findings   2 usage   3 a failure of gradctl
+      4 no verdict: the script failed for a reason of its own, or the cause was not found
+    """
+    script = script_name(command)
+    if script is None:
+        ctx.fail("Missing SCRIPT, -m MODULE or -c CODE: what to explain.")
+    if json_file is not None:
+        _check_free(json_file)
+    from gradctl import _run
+
+    options = _run.Options(
+        full=full,
+        steps=steps,
+        at_step=at_step,
+        into=into,
+        notes=notes,
+        rerun=rerun,
+        script_to_stderr=json_file == "-",
+    )
+    found = _run.explain(command, script, options)
+    if found is None:
+        return ExitCode.CLEAN  # another rank says what was found
+    if json_file is not None:
+        _write_json(found.to_json(), json_file)
+    if json_file != "-":
+        from rich.console import Console
+
+        from gradctl import report as view
+
+        view.draw_explanation(found, console=Console(highlight=False))
+    elif not found.findings:
+        click.echo(f"gradctl: {found.sentence}", err=True)
+    return found.exit_code
+
+
+@gradctl.command(short_help="Tell about one cause, or list them all.")
+@click.argument("slug", required=False)
+def cause(slug: str | None) -> int:
+    """Tell about a cause that `gradctl explain` names: symptom, smallest example, why, fix. Without SLUG, list all."""
+    from rich.console import Console
+
+    from gradctl import report as view
+
+    view.draw_cause(slug, console=Console(highlight=False))
+    return ExitCode.CLEAN
+
+
 @gradctl.command(short_help="Say what works here, by which means, and what does not.")
 @click.option("--json", "json_file", metavar="FILE", help="Write it as JSON; `-` prints it.")
 def env(json_file: str | None) -> int:
@@ -288,12 +369,18 @@ def _write_json(data: dict[str, Any], file: str, *, force: bool | None = None) -
         click.echo(text)
         return
     path = Path(file)
-    if path.exists() and not force:
-        raise UsageError(
-            f"{path} exists and is not overwritten",
-            fix="name another file" + (", or give --force" if force is not None else ""),
-        )
+    if not force:
+        _check_free(file, force_helps=force is not None)
     try:
         path.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot write {path}", why=error.strerror or str(error)) from error
+
+
+def _check_free(file: str, *, force_helps: bool = False) -> None:
+    path = Path(file)
+    if file != "-" and path.exists():
+        raise UsageError(
+            f"{path} exists and is not overwritten",
+            fix="name another file" + (", or give --force" if force_helps else ""),
+        )

@@ -33,6 +33,11 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any, ...] | Non
     """
     if settings["main_pid"] != os.getpid():
         return
+    if "explain" in settings:
+        from gradctl._run import _traced
+
+        _traced.main_process_ends(dict(settings), status)
+        return
     directory = Path(settings["out"])
     failed = _exit_status.code(status) not in (0, None)
     if not settings["draws"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradctl import __version__, _journal, _taps
-from gradctl._run import _at_exit, _exit_status, _unseen
+from gradctl._run import _at_exit, _exit_status, _traced, _unseen
 from gradctl._run._process import ProcessJournal
 
 
@@ -120,8 +120,12 @@ def attach(run: str, leaving: Any) -> None:
     settings = json.loads(run)
     if settings["version"] != __version__:
         raise RuntimeError(f"the run was started by gradctl {settings['version']}, this is {__version__}")
-    _listening = Listening(settings, leaving)
-    _listening.begin()
+    told = settings.get("explain")
+    if told is None or told["stage"] == 1:
+        _listening = Listening(settings, leaving)
+        _listening.begin()
+    if told is not None:
+        _traced.begin(settings, leaving)
 
 
 def listening() -> Listening | None:

@@ -44,7 +44,7 @@ def make(policy: Policy, script: str, rank: Rank) -> Path:
     base = Path.cwd() / FOLDER
     _make_folder(base)
     stem = _stem(script, policy.name) + (f"-node{rank.node}" if rank.node else "")
-    return _fresh(base, stem) if rank.launch is None else _agreed(base, stem, rank)
+    return _fresh(base, stem) if rank.launch is None else agreed(base, stem, rank)
 
 
 def started_ranks(directory: Path) -> dict[int, int]:
@@ -111,8 +111,16 @@ def _take_place(directory: Path, rank: Rank) -> Path:
     return directory
 
 
-def _agreed(base: Path, stem: str, rank: Rank) -> Path:
+def agreed(base: Path, stem: str, rank: Rank) -> Path:
     """Agree with the other ranks of this host: the first names the directory where the others look.
+
+    Args:
+        base: where the directory is made.
+        stem: how its name begins.
+        rank: which process of a launched job asks.
+
+    Returns:
+        The directory, which holds `.rank<k>` for each rank that has come, and `.mark`.
 
     A rank that finds its own place taken has met an earlier launch from the same shell with the same address, and goes
     on to the next number, as its fellows will.

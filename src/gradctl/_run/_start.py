@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from gradctl._errors import GradctlError, UsageError
 from gradctl._policy import Policy
@@ -20,7 +20,7 @@ from gradctl._run import _directory, _launcher
 from gradctl._run._injection import inject, withdraw
 from gradctl._run._redact import redact
 
-_UNSEEN = {"E": "PYTHONPATH is ignored", "I": "PYTHONPATH is ignored", "S": "`site` is left out"}
+UNSEEN = {"E": "PYTHONPATH is ignored", "I": "PYTHONPATH is ignored", "S": "`site` is left out"}
 _WITH_VALUE = "WX"
 
 
@@ -43,46 +43,57 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
             why="a program cannot take the place of another here",
             fix="call gradctl.record() in the script",
         )
-    flags, kind = _split(command, script)
+    flags, kind = split(command, script)
     if kind == "file":
         check_script(script)
     environment = dict(os.environ)
-    lost = next((letter for flag in flags for letter in _letters(flag) if letter in _UNSEEN), None)
+    lost = hiding(flags)
     if lost is not None:
         if policy.grad == "off":
             raise UsageError(
                 f"gradients cannot be kept off under `python -{lost}`",
-                why=_UNSEEN[lost],
+                why=UNSEEN[lost],
                 fix=f"leave -{lost} out, or switch off in the script: gradctl.off().start()",
             )
         withdraw(environment)
         if not policy.quiet:
-            print(f"gradctl: nothing can be recorded under `python -{lost}`: {_UNSEEN[lost]}", file=sys.stderr)
+            print(f"gradctl: nothing can be recorded under `python -{lost}`: {UNSEEN[lost]}", file=sys.stderr)
     else:
         rank = _launcher.find(environment)
         directory = _directory.make(policy, display_name(script), rank)
-        arguments = list(command[len(flags) :])
-        inject(
-            environment,
-            {
-                "script": display_name(script),
-                "argv": _shortened(redact(arguments)),
-                "rank": rank.rank,
-                "draws": rank.draws,
-                "grad": policy.grad,
-                "on_nonfinite": policy.on_nonfinite,
-                "watch_steps": policy.watch_steps,
-                "lines": policy.lines,
-                "report": policy.report,
-                "quiet": policy.quiet,
-                "budget": policy.budget,
-                "out": str(directory),
-            },
-        )
+        inject(environment, told(command[len(flags) :], policy, script, rank, directory))
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]  (closed by whoever started us)
             stream.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def told(
+    arguments: Sequence[str], policy: Policy, script: str, rank: _launcher.Rank, directory: Path
+) -> dict[str, Any]:
+    """Return what a script is told about its run.
+
+    Args:
+        arguments: SCRIPT, `-m MODULE` or `-c CODE`, then their arguments.
+        policy: how the run treats gradients.
+        script: what stands for the script.
+        rank: which process of a launched job this is.
+        directory: the run directory.
+    """
+    return {
+        "script": display_name(script),
+        "argv": _shortened(redact(arguments)),
+        "rank": rank.rank,
+        "draws": rank.draws,
+        "grad": policy.grad,
+        "on_nonfinite": policy.on_nonfinite,
+        "watch_steps": policy.watch_steps,
+        "lines": policy.lines,
+        "report": policy.report,
+        "quiet": policy.quiet,
+        "budget": policy.budget,
+        "out": str(directory),
+    }
 
 
 def _shortened(arguments: Sequence[str]) -> list[str]:
@@ -102,7 +113,12 @@ def display_name(script: str) -> str:
     return {"-": "stdin", "-c": "command"}.get(script) or Path(os.path.abspath(script)).name
 
 
-def _split(command: Sequence[str], script: str) -> tuple[list[str], str]:
+def hiding(flags: Sequence[str]) -> str | None:
+    """Return the interpreter's option among `flags` under which gradctl is not found in the script; see `UNSEEN`."""
+    return next((letter for flag in flags for letter in _letters(flag) if letter in UNSEEN), None)
+
+
+def split(command: Sequence[str], script: str) -> tuple[list[str], str]:
     """Return the interpreter's flags in front of the script, and what the script is: "file" or "other"."""
     position = 0
     while position < len(command):
@@ -130,21 +146,25 @@ def _letters(word: str) -> str:
     return word[1:]
 
 
-def check_script(script: str) -> None:
+def check_script(script: str, *, verb: str = "run") -> None:
     """Check that the interpreter can run that path; what is inside a Python file is the interpreter's own business.
+
+    Args:
+        script: the path.
+        verb: who asks.
 
     Raises:
         UsageError: it does not exist, cannot be read, or is something else than a Python program.
     """
     path = Path(script)
     if not path.exists():
-        raise UsageError(f"there is no script {script}", fix=_what_was_meant(script))
+        raise UsageError(f"there is no script {script}", fix=_what_was_meant(script, verb))
     if path.is_dir():
         if not (path / "__main__.py").is_file():
             raise UsageError(
                 f"{script} is a directory",
                 why="only a directory with a __main__.py can be run",
-                fix="name the script in it, or run a package as `gradctl run -m PACKAGE`",
+                fix=f"name the script in it, or run a package as `gradctl {verb} -m PACKAGE`",
             )
         return
     if not path.is_file():
@@ -159,16 +179,16 @@ def check_script(script: str) -> None:
         raise UsageError(
             f"{script} is not a Python script",
             why=other,
-            fix="name the Python script that trains; in a launcher script write `gradctl run train.py` "
-            "where it says `python train.py`",
+            fix="name the Python script that trains; in a launcher script write "
+            f"`gradctl {verb} train.py` where it says `python train.py`",
         )
 
 
-def _what_was_meant(script: str) -> str:
+def _what_was_meant(script: str, verb: str) -> str:
     if script == "torchrun" or os.path.basename(script) in ("torchrun", "accelerate", "deepspeed", "mpirun", "srun"):
-        return f"start it the other way round: {os.path.basename(script)} ... -m gradctl run train.py"
+        return f"start it the other way round: {os.path.basename(script)} ... -m gradctl {verb} train.py"
     if script in ("python", "python3"):
-        return "leave the word out: gradctl run train.py"
+        return f"leave the word out: gradctl {verb} train.py"
     folder, name = os.path.split(script)
     try:
         names = os.listdir(folder or ".")

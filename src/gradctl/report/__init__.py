@@ -15,9 +15,10 @@ from gradctl.report._summary import summary
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gradctl._results import Explanation
     from gradctl._verdict import Verdict
 
-__all__ = ["draw_at_exit", "draw_terminal", "load", "summary", "write_page"]
+__all__ = ["draw_at_exit", "draw_cause", "draw_explanation", "draw_terminal", "load", "summary", "write_page"]
 
 PAGE = "report.html"
 
@@ -64,6 +65,36 @@ def draw_terminal(run: Run, *, console: Console, page: Path | None = None, kept:
     from gradctl.report import _terminal
 
     return _terminal.draw(run, console=console, page=page, kept=kept)
+
+
+def draw_explanation(found: Explanation, *, console: Console) -> None:
+    """Print what `gradctl explain` has found: the cause, its lines of source, why, the fix.
+
+    Args:
+        found: the explanation.
+        console: where to print; plain text where it is no terminal.
+    """
+    from gradctl.report import _findings
+
+    _findings.draw(found, console=console)
+
+
+def draw_cause(slug: str | None, *, console: Console) -> None:
+    """Print the page of a cause, or the list of all causes.
+
+    Args:
+        slug: the cause; None for the list.
+        console: where to print; plain text where it is no terminal.
+
+    Raises:
+        UsageError: there is no such cause.
+    """
+    from gradctl.report import _cause
+
+    if slug is None:
+        _cause.draw_list(console=console)
+    else:
+        _cause.draw(slug, console=console)
 
 
 def write_page(run: Run, path: str | os.PathLike[str], *, force: bool = True) -> Path:

@@ -16,14 +16,13 @@ from gradctl._verdict import Facts, Training, Verdict, judge_facts, lateness, mi
 from gradctl._verdict._loss import trend
 from gradctl._verdict._training import command, trainings
 from gradctl._verdict._words import count, milliseconds, number, percent, seconds
+from gradctl.report._lines import Lines, Row
 from gradctl.report._text import clean
 
 ROWS = 4
 RANKS = 16
-NARROWEST = 40
 LEVELS = {"good": "bold green", "note": "bold cyan", "warning": "bold yellow", "error": "bold red"}
 SEVERITIES = {"error": ("bad", "red"), "warning": ("look", "yellow"), "note": ("tip", "cyan")}
-Row = tuple[str, ...]
 
 
 def draw(run: Run, *, console: Console, page: Path | None = None, kept: bool = False) -> Verdict:
@@ -40,7 +39,7 @@ def draw(run: Run, *, console: Console, page: Path | None = None, kept: bool = F
     """
     facts = Facts(run)
     verdict = judge_facts(facts)
-    lines = _Lines(console)
+    lines = Lines(console)
     lines.say(f"● {verdict.sentence}", LEVELS[verdict.level], hang=2)
     lines.say(meta(facts), "dim", indent=2)
     lines.gap()
@@ -64,66 +63,6 @@ def draw(run: Run, *, console: Console, page: Path | None = None, kept: bool = F
         lines.unbroken(f"  report   {page}{'  (kept; --force draws it again)' if kept else ''}")
     lines.unbroken(f"  journal  {verdict.main.path if verdict.main else run.directory}")
     return verdict
-
-
-class _Lines:
-    """Prints one line after another, wrapped to the console, safe for its encoding."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._encoding = console.encoding or "utf-8"
-        self.width = max(NARROWEST, console.width)
-
-    def clean(self, text: str) -> str:
-        return clean(text, encoding=self._encoding)
-
-    def gap(self) -> None:
-        self._console.print()
-
-    def say(self, text: str, style: str = "", *, indent: int = 0, hang: int = 0) -> None:
-        """Print `text`; lines after the first stand `hang` columns further in."""
-        words = Text(self.clean(text), style=style)
-        room = max(20, self.width - indent - hang)
-        first = True
-        # the first line starts at the margin and the others hang: wrapping all to the narrower room keeps both inside
-        for line in words.wrap(self._console, room, overflow="fold"):
-            line.rstrip()
-            self.put(Text(" " * (indent if first else indent + hang)) + line)
-            first = False
-
-    def unbroken(self, text: str) -> None:
-        """Print a path or a command in one piece, however long, so that it can be copied."""
-        self.put(Text(self.clean(text)))
-
-    def put(self, line: Text) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def table(self, head: Row, rows: list[Row]) -> None:
-        """Print columns, the first one as wide as it may be, the others to the right of it."""
-        cells = [tuple(self.clean(cell) for cell in row) for row in (head, *rows)]
-        widths = [max(Text(row[k]).cell_len for row in cells) for k in range(len(head))]
-        room = self.width - 2 - sum(widths[1:]) - 2 * (len(widths) - 1)
-        widths[0] = max(8, min(widths[0], room))
-        for at, row in enumerate(cells):
-            line = Text("  ", style="dim" if at == 0 else "")
-            for k, cell in enumerate(row):
-                text = Text(_shorten(cell, widths[k]))
-                text.align("left" if k == 0 else "right", widths[k])
-                line += Text("  " if k else "") + text
-            line.rstrip()
-            line.truncate(self.width)
-            self.put(line)
-
-
-def _shorten(text: str, width: int) -> str:
-    """Cut the front of a name: its end tells layers apart."""
-    if Text(text).cell_len <= width:
-        return text
-    mark = ".." if width > 4 else ""
-    cut = text[-(width - len(mark)) :]
-    while Text(cut).cell_len > width - len(mark):
-        cut = cut[1:]
-    return mark + cut
 
 
 def meta(facts: Facts) -> str:
@@ -159,7 +98,7 @@ def when(started: float) -> str:
         return ""
 
 
-def _figures(lines: _Lines, verdict: Verdict) -> None:
+def _figures(lines: Lines, verdict: Verdict) -> None:
     cells = [
         (lines.clean(f.label), lines.clean(f.value) + (f" ({lines.clean(f.detail)})" if f.detail else ""))
         for f in verdict.figures
@@ -180,7 +119,7 @@ def _figures(lines: _Lines, verdict: Verdict) -> None:
         lines.put(line)
 
 
-def _finding(lines: _Lines, finding: Finding) -> None:
+def _finding(lines: Lines, finding: Finding) -> None:
     word, colour = SEVERITIES[finding.severity]
     lines.say(f"{word:<5} {finding.symptom}", f"bold {colour}", indent=2, hang=6)
     if finding.why:

@@ -1,0 +1,322 @@
+"""What the runs of `gradctl explain` mean: whether a second one is needed, and the conclusion. Runs nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradctl._errors import GradctlError
+from gradctl._journal import Run
+from gradctl._results import Explanation, Finding
+from gradctl._run._launcher import Rank
+from gradctl._run._process import take_not_seen
+
+CLEAN, FINDINGS, FAULT, NO_VERDICT = 0, 1, 3, 4
+
+# What the recorder has seen and a tracer can explain, as the sentinel would call it.
+_SYMPTOM_OF = {
+    "no-gradient": "none",
+    "never-reached": "none",
+    "unoptimized": "not_in_optimizer",
+    "gradients-all-zero": "zero",
+    "gradients-zero": "zero",
+    "gradients-vanish": "vanished",
+    "loss-blew-up": "exploded",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to look at a script.
+
+    Args:
+        full: trace at once, in the only run.
+        steps: end the traced run after so many optimizer steps.
+        at_step: the step that matters, counted as the recorder does.
+        into: packages to be treated as the user's own code.
+        notes: also tell of breaks that do no harm.
+        rerun: the script may be run a second time.
+        script_to_stderr: what the script prints goes to stderr: stdout is for JSON alone.
+    """
+
+    full: bool = False
+    steps: int | None = None
+    at_step: int | None = None
+    into: tuple[str, ...] = ()
+    notes: bool = False
+    rerun: bool = True
+    script_to_stderr: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One run of the script, as it ended.
+
+    Args:
+        code: its exit code; negative for a signal.
+        told: the result that it left; see `_traced.write`. Empty if it left none.
+        seen: symptoms that its journals show.
+        names: FQNs of the parameters that its journals name.
+        backwards: how many backward passes were recorded in its main process.
+        children: how many other processes of its own have trained.
+        not_seen: why it could not be watched.
+        output: the end of what it printed, where that was kept.
+    """
+
+    code: int = 0
+    told: dict[str, Any] = field(default_factory=dict[str, Any])
+    seen: tuple[dict[str, Any], ...] = ()
+    names: tuple[str, ...] = ()
+    backwards: int = 0
+    children: int = 0
+    not_seen: tuple[str, ...] = ()
+    output: str = ""
+
+    @property
+    def symptoms(self) -> tuple[dict[str, Any], ...]:
+        """What was seen going wrong: by the sentinel, and of what it has not seen by the recorder."""
+        found = tuple(self.told.get("symptoms", ()))
+        kinds = {symptom["kind"] for symptom in found}
+        return (*found, *(symptom for symptom in self.seen if symptom["kind"] not in kinds))
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the tracer found."""
+        return tuple(Finding.from_json(data) for data in self.told.get("findings", ()))
+
+    @property
+    def crumbs(self) -> tuple[Finding, ...]:
+        """What the sentinel picked up on its way."""
+        return tuple(Finding.from_json(data) for data in self.told.get("crumbs", ()))
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What failed in gradctl itself."""
+        return (*self.told.get("faults", ()), *self.not_seen)
+
+    @property
+    def steps(self) -> int:
+        """How many optimizer steps were watched."""
+        return int(self.told.get("steps", 0))
+
+    @property
+    def error(self) -> dict[str, Any] | None:
+        """The exception that ended the script."""
+        return self.told.get("error")
+
+    @property
+    def gradient_error(self) -> bool:
+        """Whether that is an error about gradients."""
+        noticed = any(symptom["kind"] == "grad_error" for symptom in self.told.get("symptoms", ()))
+        return noticed or bool(self.error and self.error["gradient"])
+
+
+def read_journals(directory: Path, rank: Rank) -> Ran:
+    """Return what the recorder has written about a run.
+
+    Args:
+        directory: the run directory.
+        rank: of several ranks that share it, the one that asks.
+    """
+    from gradctl._verdict import Facts, judge_facts
+
+    not_seen = unwatched(directory)
+    try:
+        run = Run.load(directory)
+    except GradctlError:
+        return Ran(not_seen=not_seen)  # nothing was recorded
+    own = tuple(j for j in run.journals if not j.is_child and (rank.launch is None or j.rank == rank.rank))
+    facts = Facts(Run(run.directory, own))
+    seen = tuple(
+        {"kind": _SYMPTOM_OF[f.slug], "text": f.symptom, "step": None, "parameters": list(f.parameters)}
+        for f in (judge_facts(facts).findings if own else ())
+        if f.slug in _SYMPTOM_OF and f.severity != "note"
+    )
+    names = dict.fromkeys(n for j in own for record in j.optimizers.values() for n in record.names if n is not None)
+    return Ran(
+        seen=seen,
+        names=tuple(names),
+        backwards=sum(j.end.backwards if j.end else len(j.blocks) for j in own),
+        children=sum(1 for j in run.children if j.blocks or j.rows),
+        not_seen=not_seen,
+    )
+
+
+def unwatched(directory: Path) -> tuple[str, ...]:
+    """Return why the main process of a run could not be watched; empty if it could."""
+    return tuple(why for what, why in take_not_seen(directory) if what != "a Python child")
+
+
+def needs_tracing(first: Ran, options: Options) -> bool:
+    """Say whether a second run is needed, and allowed, to come to a conclusion.
+
+    Args:
+        first: the run with the sentinel.
+        options: how to look.
+    """
+    return options.rerun and _suspicious(first, options)
+
+
+def _suspicious(first: Ran, options: Options) -> bool:
+    if not first.told.get("torch") or first.not_seen:
+        return False  # a second run would see no more
+    if first.gradient_error:
+        return True
+    if first.error is not None and not first.steps:
+        return False  # it never came to train: what is missing then is missing for that reason
+    asked = options.notes or options.at_step is not None
+    return bool(first.symptoms or first.told.get("faults") or (asked and first.error is None))
+
+
+def failed_anew(first: Ran | None, second: Ran) -> bool:
+    """Say whether the traced run failed for a reason that the first one did not have, and so shows nothing.
+
+    Args:
+        first: the run with the sentinel, if there was one.
+        second: the traced run.
+    """
+    if first is None or second.findings or second.told.get("how") == "done":
+        return False
+    if second.error is not None:
+        return first.error is None or first.error["type"] != second.error["type"]
+    return second.code != first.code and second.code != 0
+
+
+def conclude(script: str, first: Ran | None, second: Ran | None, options: Options) -> Explanation:
+    """Return what one or two runs of a script say about its gradients.
+
+    Args:
+        script: what it is called.
+        first: the run with the sentinel; None if the script was traced at once.
+        second: the traced run; None if there was none.
+        options: how to look.
+    """
+    last = second or first or Ran()
+    findings, (code, sentence), remarks = _findings(first, second, options)
+    symptoms = ()
+    unsettled = code == FINDINGS or (code == NO_VERDICT and (second is None or last.gradient_error))
+    if first is not None and unsettled and _has_trained(first):
+        symptoms = tuple(symptom["text"] for symptom in first.symptoms)
+    return Explanation(
+        script=script,
+        exit_code=code,
+        sentence=sentence,
+        findings=findings,
+        symptoms=symptoms,
+        remarks=remarks,
+        versions=last.told.get("versions") or (first.told.get("versions", {}) if first else {}),
+        folder=os.path.dirname(last.told.get("script") or (first.told.get("script") if first else None) or ""),
+        names=first.names if first else (),
+    )
+
+
+Conclusion = tuple[int, str]
+
+
+def _has_trained(first: Ran) -> bool:
+    return first.gradient_error or first.error is None or first.steps > 0
+
+
+def _findings(
+    first: Ran | None, second: Ran | None, options: Options
+) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
+    if second is None:
+        assert first is not None
+        if _suspicious(first, options) and not options.rerun:
+            return _from_crumbs(first, "the script was not run a second time (--no-rerun)")
+        return (), _of_first(first), ()
+    if first is not None and failed_anew(first, second):
+        return _from_crumbs(first, f"the traced run {_end(second)}, which the first one did not")
+    real = sum(1 for finding in second.findings if finding.severity != "note")
+    remarks = tuple(f"the tracer switched itself off: {fault}" for fault in second.faults)
+    if real:
+        error = second.error or (first.error if first else None)
+        if error is not None and not second.gradient_error and not (first and first.gradient_error):
+            remarks = (*remarks, f"the script itself ended with {_error(error)}")
+        return second.findings, (FINDINGS, "1 cause" if real == 1 else f"{real} causes"), remarks
+    return second.findings, _of_second(first, second), remarks if second.told.get("torch") else ()
+
+
+def _from_crumbs(first: Ran, why: str) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
+    if first.crumbs:
+        words = f"{why}: these are places where gradients may have been lost, not a proof"
+        return first.crumbs, (FINDINGS, words), ()
+    if not first.symptoms and not first.gradient_error:
+        return (), _of_first(first), ()
+    return (), (NO_VERDICT, f"no verdict: {why}, and one run alone does not show the cause"), ()
+
+
+def _of_first(first: Ran) -> Conclusion:
+    """Conclude from the first run that no cause is to be looked for."""
+    if first.not_seen:
+        return FAULT, f"gradctl could not watch the script: {first.not_seen[0]}"
+    own = _own_end(first)
+    if own is not None:
+        return own
+    if first.told.get("faults"):
+        return FAULT, f"gradctl could not watch the script: {first.told['faults'][0]}"
+    if not first.steps and not first.backwards:
+        if first.children:
+            return NO_VERDICT, (
+                "no verdict: only child processes of the script have trained, and they cannot be traced; "
+                "start the ranks with a launcher: torchrun ... -m gradctl explain train.py"
+            )
+        return NO_VERDICT, "no verdict: the script has run no backward, so that there is no gradient to judge"
+    return CLEAN, f"nothing is wrong with the gradients{_of_steps(first)}"
+
+
+def _of_second(first: Ran | None, second: Ran) -> Conclusion:
+    """Conclude from a traced run that has found no cause."""
+    error = second.gradient_error or (first is not None and first.gradient_error)
+    if second.faults:
+        return FAULT, f"gradctl could not trace the script: {second.faults[0]}"
+    if first is not None and first.gradient_error and not second.gradient_error:
+        return NO_VERDICT, "no verdict: the error of the first run did not come back in the traced one"
+    if error:
+        return NO_VERDICT, "no verdict: the cause of this gradient error was not found"
+    own = _own_end(second) if second.told.get("how") != "done" else None
+    if own is not None:
+        return own
+    if first is None and not second.steps:
+        return NO_VERDICT, "no verdict: the script has taken no optimizer step, so that there is nothing to judge"
+    return CLEAN, f"nothing is wrong with the gradients{_of_steps(second)}"
+
+
+def _own_end(ran: Ran) -> Conclusion | None:
+    """Conclude from a run that ended for a reason of its own, or never came to anything; None if it did not."""
+    if ran.code < 0:
+        return NO_VERDICT, f"no verdict: the script {_end(ran)}"
+    if ran.error is not None:
+        before = "" if ran.told.get("torch") else "; torch was not imported"
+        return NO_VERDICT, f"not a gradient problem: {_error(ran.error)}{before}"
+    if ran.code:
+        return NO_VERDICT, f"not a gradient problem: the script ended itself with exit code {ran.code}"
+    if not ran.told:
+        return NO_VERDICT, "no verdict: the script ended by os._exit, or became another program, before torch was there"
+    if not ran.told.get("torch"):
+        return NO_VERDICT, "no verdict: the script never imported torch"
+    return None
+
+
+def _end(ran: Ran) -> str:
+    if ran.code < 0:
+        try:
+            return f"was ended by {signal.Signals(-ran.code).name}"
+        except ValueError:
+            return f"was ended by signal {-ran.code}"
+    if ran.error is not None:
+        return f"ended with {_error(ran.error)}"
+    return f"ended with exit code {ran.code}"
+
+
+def _error(error: dict[str, Any]) -> str:
+    message = str(error["message"]).partition("\n")[0]
+    place = f" ({os.path.basename(error['file'])}:{error['line']})" if error.get("file") else ""
+    return f"{error['type']}{': ' if message else ''}{message}{place}"
+
+
+def _of_steps(ran: Ran) -> str:
+    return "" if not ran.steps else f" of {ran.steps} step{'' if ran.steps == 1 else 's'}"

@@ -1,0 +1,273 @@
+"""The script's side of `gradctl explain`: a sentinel or a tracer in its main process, and the result that it leaves.
+
+The other side, which starts the script and reads the result, is `_explaining.py`. Nothing here prints, and nothing
+raises into the script.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from gradctl import __version__, _taps
+from gradctl._run import _exit_status
+
+_TEMPORARY = ("tempfile.mkdtemp", "tempfile.mkstemp")
+# How torch's own gradient errors begin or go on; a run without a sentinel knows them by nothing else.
+_GRADIENT_ERRORS = (
+    "does not require grad",
+    "backward through the graph a second time",
+    "modified by an inplace operation",
+    "grad can be implicitly created only for scalar",
+    "that requires grad",
+    "can require gradients",
+    "Inference tensors cannot be",
+    "have been used in the graph",
+    "has no attribute 'backward'",
+    "finished reduction in the prior iteration",
+    "Only Tensors created explicitly by the user",
+    "can't optimize a non-leaf Tensor",
+)
+
+
+class Watcher(Protocol):
+    """What watches the script: the sentinel of the first run, or the tracer of the second."""
+
+    def begin(self) -> None:
+        """Start to watch; torch has been imported."""
+
+    def end(self, error: BaseException | None) -> dict[str, Any]:
+        """Stop, put everything back and return what the result is to hold."""
+        ...
+
+    def drop(self) -> None:
+        """Stop in a forked child, which reports nothing."""
+
+
+class _FirstRun:
+    def __init__(self, told: dict[str, Any]) -> None:
+        from gradctl._explain import Sentinel
+
+        self._sentinel = Sentinel(into=told["into"])
+
+    def begin(self) -> None:
+        self._sentinel.install()
+
+    def end(self, error: BaseException | None) -> dict[str, Any]:
+        return dict(self._sentinel.finish(error))
+
+    def drop(self) -> None:
+        return  # its hooks are those of an optimizer step: cheap, and gone with the process
+
+
+class _TracedRun:
+    def __init__(self, told: dict[str, Any], script: str | None, on_done: Callable[[], None]) -> None:
+        from gradctl._explain import Tracing
+
+        self._tracing = Tracing(
+            into=told["into"],
+            script=script,
+            steps=told["steps"],
+            at_step=told["at_step"],
+            notes=told["notes"],
+            symptoms=told["symptoms"],
+            on_done=on_done,
+        )
+
+    def begin(self) -> None:
+        self._tracing.start()
+
+    def end(self, error: BaseException | None) -> dict[str, Any]:
+        try:
+            findings = [finding.to_json() for finding in self._tracing.findings(error)]
+        finally:
+            self._tracing.stop()
+        return {"findings": findings, "steps": self._tracing.steps, "faults": list(self._tracing.faults)}
+
+    def drop(self) -> None:
+        self._tracing.stop()
+
+
+class Explaining:
+    """Watches this process for `gradctl explain` and writes the result when it ends, in whichever way.
+
+    Args:
+        settings: what GRADCTL_RUN says.
+        leaving: see `_attach.Listening`.
+    """
+
+    def __init__(self, settings: dict[str, Any], leaving: Any) -> None:
+        self._told: dict[str, Any] = settings["explain"]
+        self._leaving = leaving
+        self._watcher: Watcher | None = None
+        self._faults: list[str] = []
+        self._ended = False
+        self._temporary: list[str] = []
+        self._script = _script()
+
+    def begin(self) -> None:
+        """Begin to watch; what fails is left in the result, and the script goes on."""
+        try:
+            self._watcher = (
+                _FirstRun(self._told)
+                if self._told["stage"] == 1
+                else _TracedRun(self._told, self._script, self._explained)
+            )
+            self._watcher.begin()
+        except Exception as fault:
+            self._faults.append(_words(fault))
+        atexit.register(self._at_exit)
+        os.register_at_fork(after_in_child=self._forked)
+        _taps.os_exit.subscribe(self._around_os_exit, order="measure")
+        if self._told["stage"] == 2:
+            sys.addaudithook(self._note_temporary)
+
+    def end(self, how: str, code: int | None, error: BaseException | None) -> None:
+        """Stop watching and write the result; only once."""
+        if self._ended:
+            return
+        self._ended = True
+        found: dict[str, Any] = {}
+        try:
+            if self._watcher is not None:
+                found = self._watcher.end(error)
+        except Exception as fault:
+            self._faults.append(_words(fault))
+        faults = [*found.pop("faults", ()), *self._faults]
+        write(self._told["result"], how=how, code=code, error=error, script=self._script, faults=faults, **found)
+
+    def _at_exit(self) -> None:
+        try:
+            self.end("exit", _exit_status.code(self._leaving.status()), _exit_status.last_error())
+        finally:
+            _exit_status.keep_interrupt()
+
+    def _around_os_exit(self, inner: Any) -> Any:
+        def leave(status: int) -> None:
+            try:
+                self.end("os._exit", status, _exit_status.last_error() or sys.exc_info()[1])
+            finally:
+                inner(status)
+
+        return leave
+
+    def _explained(self) -> None:
+        """End the process in the middle of a step: there is nothing more to learn from it."""
+        if self._ended:
+            return
+        self.end("done", 0, None)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]  (closed by the script)
+                    stream.flush()
+            except (OSError, ValueError):
+                continue
+        # The script does not come to its own clearing up; what it wrote elsewhere, it wrote in the first run too.
+        for path in self._temporary:
+            shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
+        os._exit(0)
+
+    def _note_temporary(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event in _TEMPORARY and not self._ended:
+            self._temporary.append(os.path.abspath(os.fsdecode(arguments[0])))
+
+    def _forked(self) -> None:
+        ended, self._ended = self._ended, True
+        self._temporary.clear()
+        if self._watcher is not None and not ended:
+            try:
+                self._watcher.drop()
+            except Exception as fault:
+                self._faults.append(_words(fault))  # nobody asks a child
+
+
+_explaining: Explaining | None = None
+
+
+def begin(settings: dict[str, Any], leaving: Any) -> None:
+    """Watch this process; only the script's main process leaves a result.
+
+    Args:
+        settings: what GRADCTL_RUN says.
+        leaving: see `_attach.Listening`.
+    """
+    global _explaining
+    if _explaining is None and settings["main_pid"] == os.getpid():
+        _explaining = Explaining(settings, leaving)
+        _explaining.begin()
+
+
+def main_process_ends(settings: dict[str, Any], status: tuple[Any, ...] | None) -> None:
+    """Leave a result where the script has never imported torch, or could not be watched."""
+    if _explaining is None:
+        error = _exit_status.last_error()
+        write(settings["explain"]["result"], how="exit", code=_exit_status.code(status), error=error, script=_script())
+        _exit_status.keep_interrupt()
+
+
+def write(
+    path: str,
+    *,
+    how: str,
+    code: int | None,
+    error: BaseException | None,
+    script: str | None,
+    **found: Any,
+) -> None:
+    """Write the result, whole or not at all.
+
+    Args:
+        path: the file.
+        how: `exit`, `os._exit`, or `done` when the tracer has learned enough.
+        code: the exit code, if it can be known.
+        error: the exception that ends the process.
+        script: absolute path of the file that runs as `__main__`.
+        found: what the watcher says.
+    """
+    torch = sys.modules.get("torch")
+    versions = {"gradctl": __version__, "python": platform.python_version()}
+    if torch is not None:
+        versions["torch"] = str(getattr(torch, "__version__", ""))
+    result = {
+        "how": how,
+        "code": code,
+        "error": None if error is None else _exit_status.describe(error) | {"gradient": is_gradient_error(error)},
+        "script": script,
+        "torch": torch is not None,
+        "versions": versions,
+        **found,
+    }
+    part = f"{path}.part"
+    try:
+        with open(part, "w", encoding="utf-8", errors="backslashreplace") as file:
+            json.dump(result, file, default=str)
+        os.replace(part, path)
+    except OSError:
+        return  # whoever waits for it sees that there is none
+
+
+def is_gradient_error(error: BaseException) -> bool:
+    """Say whether an exception is one of torch's about gradients, by its words."""
+    if isinstance(error, (SyntaxError, SystemExit, KeyboardInterrupt, AssertionError)):
+        return False
+    try:
+        text = str(error)
+    except Exception:
+        return False  # the script's own class, which cannot say what it is
+    return any(words in text for words in _GRADIENT_ERRORS)
+
+
+def _script() -> str | None:
+    file = getattr(sys.modules.get("__main__"), "__file__", None)
+    return os.path.abspath(file) if isinstance(file, str) and not file.startswith("<") else None
+
+
+def _words(fault: BaseException) -> str:
+    return f"{type(fault).__name__}: {str(fault)[:300]}"
