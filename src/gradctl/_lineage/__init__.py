@@ -26,12 +26,11 @@ from gradctl._lineage._trace import Trace
 from gradctl._lineage._tracer import FREED, NODE, Tracer
 from gradctl._lineage._walk import (
     Unreached,
-    additive_nodes,
     breaks,
     live_leaves,
     path,
     sufficient_breaks,
-    terms,
+    sum_of,
     upstream,
 )
 
@@ -59,7 +58,6 @@ __all__ = [
     "Trace",
     "Tracer",
     "Unreached",
-    "additive_nodes",
     "breaks",
     "find_kept",
     "live_leaves",
@@ -68,6 +66,6 @@ __all__ = [
     "sites",
     "source",
     "sufficient_breaks",
-    "terms",
+    "sum_of",
     "upstream",
 ]

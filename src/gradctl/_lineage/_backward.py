@@ -12,7 +12,7 @@ from gradctl._lineage._facts import BackwardFacts, ErrorFacts
 from gradctl._lineage._node import Node
 from gradctl._lineage._probe import Probe
 from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
-from gradctl._lineage._walk import terms, upstream
+from gradctl._lineage._walk import ADDITIONS, sum_of, upstream
 
 _HISTORY_EVERY = 3
 _HISTORY_LAST = 400
@@ -181,6 +181,7 @@ class _Call:
                 self._own_gradient(leaf)
             for root in mine.roots:
                 self._sum(root)
+            self._derivatives()
             self.probe.read(leaves)
             facts.generation += 1
             while facts.escapes and facts.escapes[0].generation < facts.generation - 2:
@@ -212,18 +213,44 @@ class _Call:
                 node.extra = mine
                 if not mine.create_graph:
                     node.cut = "constant"
+                    tracer.constants_made = tracer.facts.generation
 
     def _sum(self, root: Node) -> None:
-        """Note the terms of a loss that depend on parameters, and carry no gradient to them."""
-        parts = terms(root)
-        if len(parts) < 2 and not any(node.scalars for node in upstream([root])[:8]):
+        """Note the terms of a loss that depend on parameters and carry no gradient to them, and plain numbers in it."""
+        facts = self.tracer.facts
+        joins, parts = sum_of(root)
+        for part in parts:
+            if not part.live and part.trainable and part.inputs and len(parts) > 1:
+                entry = facts.dead_terms.setdefault((part.op, part.stack[:1]), [part, root, 0, self.facts.step])
+                entry[2] += 1
+        for join in joins:
+            if join.op in ADDITIONS and any(type(value) is float and value for value in join.scalars):
+                entry = facts.dead_numbers.setdefault(join.stack[:1], [join, root, 0, (), self.facts.step])
+                entry[2] += 1
+                if entry[2] <= 3 and facts.escapes:
+                    entry[:] = [join, root, entry[2], tuple(facts.escapes)[-64:], self.facts.step]
+
+    def _derivatives(self) -> None:
+        """Note derivatives without history in a loss that holds derivatives with history too."""
+        tracer = self.tracer
+        if tracer.constants_made < self.facts.generation:
             return
-        dead = [part for part in parts if not part.live and part.trainable and part.inputs]
-        for part in dead:
-            key = (part.op, part.stack[:1])
-            if key not in self.tracer.facts.dead_terms:
-                self.tracer.facts.dead_terms[key] = [part, root, 0, self.facts.step]
-            self.tracer.facts.dead_terms[key][2] += 1
+        nodes = upstream(self.facts.roots)
+        with_history = [n for n in nodes if n.op == "autograd.grad" and n.extra.create_graph and n.live]
+        for node in nodes:
+            if node.op != "autograd.grad" or node.cut != "constant" or not node.trainable:
+                continue
+            mine: BackwardFacts = node.extra
+            behind = {id(n) for n in upstream(mine.roots)}
+            wanted = {id(n) for n in mine.inputs}
+            related = [
+                other for other in with_history
+                if id(other) in behind or wanted & {id(n) for n in other.extra.inputs}
+            ]  # fmt: skip
+            if related:
+                key = node.stack[:1]
+                entry = tracer.facts.lost_derivatives.setdefault(key, [node, self.facts.roots[0], 0, related[0]])
+                entry[2] += 1
 
     def _find_data_edits(self) -> None:
         """Note values that were changed through `.data` after an operation of this graph had saved them."""
@@ -275,7 +302,10 @@ def find_kept(tracer: Tracer) -> None:
             parents = [
                 parent
                 for parent, alive in zip(at.inputs, at.live_inputs, strict=False)
-                if alive and parent.op == at.op and parent.stack[:1] == at.stack[:1] and parent.generation < at.generation
+                if alive
+                and parent.op == at.op
+                and parent.stack[:1] == at.stack[:1]
+                and parent.generation < at.generation
             ]
             if not parents:
                 break

@@ -211,6 +211,8 @@ class Facts:
     error: ErrorFacts | None = None
     hits: list[Hit] = field(default_factory=list)
     dead_terms: dict[Any, Any] = field(default_factory=dict)
+    dead_numbers: dict[Any, Any] = field(default_factory=dict)
+    lost_derivatives: dict[Any, Any] = field(default_factory=dict)
     constants: dict[Any, Any] = field(default_factory=dict)
     data_edits: dict[Any, Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)

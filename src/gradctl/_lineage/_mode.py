@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from gradctl._lineage._facts import ErrorFacts, FlagChange
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
-from gradctl._lineage._operations import Plan, plan_for
+from gradctl._lineage._operations import REWRAPS, Plan, plan_for
 from gradctl._lineage._tracer import Tracer, is_leaf
 
 _TORCH_TENSORS = (Tensor, Parameter)
@@ -98,16 +98,16 @@ class Mode(TorchFunctionMode):
                         continue
                     node = tracer.made(plan.name, output, inputs, live, stack)
                     if scalars is None:
-                        scalars = tuple([value for value in args if type(value) in (float, int)])
+                        scalars = numbers_in(args) if plan.name in REWRAPS else tuple(
+                            [value for value in args if type(value) in (float, int)]
+                        )
                     node.scalars = scalars
         except Exception as fault:
             tracer.disable(fault)
         return out
 
     @staticmethod
-    def _changed(
-        tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack
-    ) -> None:
+    def _changed(tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack) -> None:
         """Give a tensor that was changed in place, and its base, their new nodes."""
         if is_leaf(tensor) and (tensor.requires_grad or isinstance(tensor, Parameter)):
             return
@@ -142,6 +142,15 @@ def tensors_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         elif type(value) in (list, tuple):
             found += [item for item in value if isinstance(item, Tensor)]
     return found
+
+
+def numbers_in(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the Python numbers from which a tensor is built, those in one list included."""
+    found: list[Any] = []
+    for value in args[:1]:
+        items = value[:64] if type(value) in (list, tuple) else [value]
+        found += [item for item in items if isinstance(item, (float, int))]
+    return tuple(found)
 
 
 def in_closure(tracer: Tracer) -> bool:
@@ -197,9 +206,7 @@ def _looking(handler: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
-def _set_grad_enabled(
-    tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _set_grad_enabled(tracer: Tracer, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     was = torch._C.is_grad_enabled()
     out = func(*args, **kwargs)
     now = torch._C.is_grad_enabled()
@@ -284,9 +291,7 @@ def _flag_changed(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         return
     stack = tracer.frames.stack()
     tracer.facts.flags.append(
-        FlagChange(
-            id(tensor), weakref.ref(tensor), tensor.requires_grad, stack, tracer.facts.generation, tracer.seq()
-        )
+        FlagChange(id(tensor), weakref.ref(tensor), tensor.requires_grad, stack, tracer.facts.generation, tracer.seq())
     )
     node: Node | None = tracer.map.get(tensor)
     if tensor.requires_grad and node is not None and not node.leaf and not node.live:
@@ -324,7 +329,7 @@ def _grad_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str
         if not is_leaf(tensor) and not tensor.retains_grad and len(facts.non_leaf_reads) < 100:
             facts.non_leaf_reads.append((node, stack))
         elif is_leaf(tensor):
-            tracer.parameter(tensor)
+            tracer.explain_now(tensor)
 
 
 def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:

@@ -130,7 +130,9 @@ def _cleared_since(tracer: Tracer, mine: OptimizerFacts, ids: frozenset[int]) ->
     for event in reversed(tracer.facts.grad_events):
         if event.seq < mine.last_step_seq:
             break
-        if event.ids & ids and (event.kind in ("zero_grad", "none", "set") or event.op in ("zero_", "fill_", "_foreach_zero_", "copy_")):
+        if event.ids & ids and (
+            event.kind in ("zero_grad", "none", "set") or event.op in ("zero_", "fill_", "_foreach_zero_", "copy_")
+        ):
             return True
     return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -148,6 +149,8 @@ class Trace:
         stack = tracer.frames.stack()
         if tracer.defined.get(parameter) is None:
             tracer.defined.set(parameter, stack)
+            if _defined_by_library(tracer.frames):
+                tracer.of_library.set(parameter, True)
         node = tracer.map.get(parameter)
         if node is not None and node.leaf and not node.stack:
             node.stack = stack
@@ -257,7 +260,9 @@ class Trace:
             inside = tracer.map.get(output)
             if grad_fn_of(output) is None and inside is not None:
                 continue  # keeps the lineage from inside, for example a reentrant checkpoint without a live input
-            more = [inside] if inside is not None and inside not in inputs else []
+            # What ran inside was without gradients by design; it matters only where the output has no history either.
+            dead = grad_fn_of(output) is None
+            more = [inside] if dead and inside is not None and inside not in inputs else []
             node = tracer.made(
                 f"{cls.__name__}.apply", output, [*inputs, *more], [*live, *([False] * len(more))],
                 tracer.frames.stack(),
@@ -302,9 +307,24 @@ class Trace:
         return start
 
 
+def _defined_by_library(frames: Frames) -> bool:
+    """Whether the nearest code that is not torch's belongs to an installed package."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if frames.is_user(name):
+            return False
+        if not name.startswith((_TORCH, _GRADCTL, "<")):
+            return True
+        frame = frame.f_back
+    return False
+
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_GRADCTL = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
 def _disable_in_child(reference: weakref.ref[Tracer]) -> None:
     tracer = reference()
     if tracer is not None:
         tracer.disabled = True
-
-

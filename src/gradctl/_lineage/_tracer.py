@@ -19,6 +19,7 @@ from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, Paramete
 from gradctl._lineage._frames import Frames, Stack
 from gradctl._lineage._node import Node, Region, TensorMap
 from gradctl._lineage._operations import REWRAPS, VIEWS
+from gradctl._lineage._walk import Unreached
 
 _GENERATIONS = 2
 NODE = "gradctl"
@@ -73,7 +74,9 @@ class Tracer:
         self.facts = Facts()
         self.map = TensorMap()
         self.defined = TensorMap()
+        self.of_library = TensorMap()
         self.through_data = TensorMap()
+        self.constants_made = -1
         self.log: dict[int, list[Node]] = {0: []}
         self.faults: list[str] = []
         self.disabled = False
@@ -154,9 +157,7 @@ class Tracer:
             found.trainable = found.trainable or found.requires_grad
         return found
 
-    def made(
-        self, op: str, tensor: Tensor, inputs: Sequence[Node], live_inputs: Sequence[bool], stack: Stack
-    ) -> Node:
+    def made(self, op: str, tensor: Tensor, inputs: Sequence[Node], live_inputs: Sequence[bool], stack: Stack) -> Node:
         """Return the new node of an operation's output."""
         node = self.new(op, stack, inputs, live_inputs)
         node.requires_grad = tensor.requires_grad
@@ -278,6 +279,15 @@ class Tracer:
         owner = self.map.get(tensor) or (tensor._base is not None and self.map.get(tensor._base)) or None
         if isinstance(owner, Node) and owner.op == "grad" and isinstance(owner.extra, int):
             self.grad_event("edit", [owner.extra], op, stack)
+
+    def explain_now(self, tensor: Tensor) -> None:
+        """Note why a leaf has no gradient after the backwards of late, though no optimizer asks."""
+        parameter = self.parameter(tensor)
+        roots = [root for b in self.facts.backwards if b.accumulates and not b.failed for root in b.roots]
+        if roots and len(parameter.explained) < 3:
+            log = [node for key in sorted(self.log) for node in self.log[key]]
+            unreached = Unreached(roots, tuple(self.facts.escapes), log)
+            parameter.explained.append((-1, *unreached.why(parameter.node)))
 
     def grad_event(self, kind: str, ids: Iterable[int], op: str, stack: Stack, value: int = 0) -> GradEvent:
         """Note that something other than backward touched a gradient."""

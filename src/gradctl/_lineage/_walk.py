@@ -8,11 +8,15 @@ from typing import Any
 from gradctl._lineage._facts import Escape
 from gradctl._lineage._node import Node
 
-_ADDITIVE = frozenset(
-    "add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ __isub__ sub_ subtract rsub sum mean stack cat neg __neg__ "
-    "negative squeeze unsqueeze reshape view __getitem__ to float double half bfloat16 clone contiguous".split()
+ADDITIONS = frozenset("add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ __isub__ sub_ subtract rsub".split())
+"""Operations that add two values."""
+_JOINS = ADDITIONS | frozenset(
+    "sum mean stack cat neg __neg__ negative squeeze unsqueeze reshape view to float double half bfloat16 clone "
+    "contiguous".split()
 )
-_SCALING = frozenset("mul __mul__ __rmul__ mul_ __imul__ multiply div __truediv__ true_divide divide div_ __itruediv__".split())
+_SCALINGS = frozenset(
+    "mul __mul__ __rmul__ mul_ __imul__ multiply div __truediv__ true_divide divide div_ __itruediv__".split()
+)
 
 
 def upstream(roots: Iterable[Node], *, live: bool = False) -> list[Node]:
@@ -85,12 +89,13 @@ def path(root: Node, leaf: Node) -> list[Node]:
     return []
 
 
-def terms(root: Node) -> list[Node]:
-    """Return what a loss is the sum of: the nodes below additions, scalings by numbers, and sums of stacks.
+def sum_of(root: Node) -> tuple[list[Node], list[Node]]:
+    """Return what a loss is the sum of: the additions and scalings by numbers that join it, and the terms they join.
 
     A product of two tensors, or any other operation, is one term.
     """
-    found: list[Node] = []
+    joins: list[Node] = []
+    parts: list[Node] = []
     seen: set[int] = set()
     queue = [root]
     while queue:
@@ -98,29 +103,22 @@ def terms(root: Node) -> list[Node]:
         if id(node) in seen:
             continue
         seen.add(id(node))
-        small = _numel(node) <= 1 or node.op in ("stack", "cat")
-        scaling = node.op in _SCALING and len(node.inputs) == 1
-        if small and node.inputs and (node.op in _ADDITIVE or scaling) and all(_numel(i) <= 1 or i.op in ("stack", "cat") for i in node.inputs):
+        scaling = node.op in _SCALINGS and len(node.inputs) == 1
+        if (
+            node.inputs
+            and (node.op in _JOINS or scaling)
+            and (node is root or _is_small(node))
+            and all(_is_small(parent) for parent in node.inputs)
+        ):
+            joins.append(node)
             queue += node.inputs
         else:
-            found.append(node)
-    return found
+            parts.append(node)
+    return joins, parts
 
 
-def additive_nodes(root: Node) -> list[Node]:
-    """Return the additions and scalings that join the terms of a loss (see `terms`)."""
-    ends = {id(node) for node in terms(root)}
-    found: list[Node] = []
-    seen: set[int] = set()
-    queue = [root]
-    while queue:
-        node = queue.pop()
-        if id(node) in seen or id(node) in ends:
-            continue
-        seen.add(id(node))
-        found.append(node)
-        queue += node.inputs
-    return found
+def _is_small(node: Node) -> bool:
+    return _numel(node) <= 1 or node.op in ("stack", "cat")
 
 
 def _numel(node: Node) -> int:

@@ -1,7 +1,278 @@
-"""Rules, to be written."""
+"""No error, and a parameter that an optimizer holds gets no gradient, or a term of the loss carries none."""
 
 from __future__ import annotations
 
-from gradctl._explain.rules import Rule
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-RULES: list[Rule] = []
+from gradctl._explain._context import Candidate, Context, count, place
+from gradctl._explain._cuts import Cut, describe
+from gradctl._explain._numbers_in import number_escape
+from gradctl._explain._provenance import where_dropped
+from gradctl._explain.rules import Rule
+from gradctl._explain.rules.cuts import escape_words
+from gradctl._lineage import Node, ParameterFacts, Site, live_leaves, site, sufficient_breaks, sum_of, upstream
+
+
+class _Missing(NamedTuple):
+    """A parameter without a gradient: since when, and what the lineage said."""
+
+    key: int
+    facts: ParameterFacts
+    since: int
+    late: bool
+    steps: int
+    kind: str
+    evidence: Any
+
+
+def _missing(context: Context) -> list[_Missing]:
+    """Return the parameters that are without a gradient to the end, each with its last explanation."""
+    found: list[_Missing] = []
+    held = context.held()
+    for key, facts in context.parameters():
+        if not facts.explained or context.is_hand_written(facts):
+            continue
+        tensor = facts.ref()
+        if tensor is None or not tensor.requires_grad:
+            continue
+        step, kind, evidence = facts.explained[-1]
+        if step < 0:
+            if not facts.reached:
+                found.append(_Missing(key, facts, 0, False, 1, kind, evidence))
+            continue
+        if key not in held:
+            continue
+        states = list(facts.states)
+        without = 0
+        for _, state in reversed(states):
+            if state != "none":
+                break
+            without += 1
+        if not without:
+            continue
+        late = without < len(states)
+        if late and without < 2:
+            continue
+        first = states[-without][0]
+        step, kind, evidence = next((e for e in facts.explained if e[0] >= first), facts.explained[-1])
+        found.append(_Missing(key, facts, first, late, without, kind, evidence))
+    return found
+
+
+def _symptom(group: list[_Missing]) -> str:
+    number = count(len(group), "parameter")
+    first = group[0]
+    verb = "gets" if len(group) == 1 else "get"
+    if first.late:
+        return f"{number} {verb} no gradient from step {first.since + 1} on, after gradients before"
+    return f"{number} {verb} no gradient" + (f" in {count(first.steps, 'step')}" if first.steps > 1 else "")
+
+
+def cut_on_the_way(context: Context) -> Iterable[Candidate]:
+    """Values of a parameter reach the loss, its gradient does not: an operation cut it."""
+    groups: dict[tuple[str, Site | None, bool], list[_Missing]] = defaultdict(list)
+    cuts: dict[tuple[str, Site | None, bool], tuple[Cut, Node]] = {}
+    for missing in _missing(context):
+        if missing.kind != "break":
+            continue
+        cut = describe(missing.evidence)
+        key = (cut.slug, cut.place, missing.late)
+        groups[key].append(missing)
+        cuts.setdefault(key, (cut, missing.evidence))
+    for key, group in groups.items():
+        cut, node = cuts[key]
+        root = _root_of(context, node)
+        forced = _forced(root, node)
+        evidence = cut.evidence
+        slug, where, why = cut.slug, cut.place, cut.why
+        if forced is not None:
+            slug, where = "forced_requires_grad", place(forced.stack)
+            why = f"requires_grad=True makes the loss a new leaf, and lets backward() run; the cut is elsewhere: {cut.why}"
+            evidence = ((cut.place, "cut"), *cut.evidence)
+        yield Candidate(
+            slug, where, _symptom(group), why, confidence=0.85 if group[0].late else 0.95,
+            evidence=evidence, parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node, root=root,
+        )  # fmt: skip
+
+
+def _root_of(context: Context, node: Node) -> Node | None:
+    for backward in reversed(context.facts.backwards):
+        for root in backward.roots:
+            if backward.accumulates and any(found is node for found in upstream([root])):
+                return root
+    return None
+
+
+def _forced(root: Node | None, node: Node) -> Node | None:
+    """Return the node of `loss.requires_grad = True` if the loss itself, or what it sums, was made a leaf like that."""
+    if root is None:
+        return None
+    joins, parts = sum_of(root)
+    return next((n for n in (*joins, *parts) if n.op == "requires_grad_forced"), None)
+
+
+def left_as_a_number(context: Context) -> Iterable[Candidate]:
+    """A value left as a Python number or an array, and only the number reaches the loss."""
+    groups: dict[tuple[str, Site | None], list[_Missing]] = defaultdict(list)
+    for missing in _missing(context):
+        if missing.kind == "escape":
+            groups[escape_words(missing.evidence)[0], place(missing.evidence.stack)].append(missing)
+    for (slug, where), group in groups.items():
+        escape = group[0].evidence
+        returned = _comes_back(context, escape)
+        yield Candidate(
+            slug, where, _symptom(group),
+            f"{escape_words(escape)[1]} turns the value into plain data here, and only that reaches the loss",
+            confidence=0.9 if returned else 0.7, evidence=((returned, "came back"),),
+            parameters=tuple(m.key for m in group), node=escape.node, leaf=group[0].facts.node,
+        )  # fmt: skip
+
+
+def _comes_back(context: Context, escape: Any) -> Site | None:
+    """Return where the number of an escape enters a loss again, if names or identity tell."""
+    for backward in context.facts.backwards:
+        for node in upstream(backward.roots):
+            if (node.scalars or not node.inputs) and node.seq > escape.seq:
+                found = number_escape(node, [escape])
+                if found is not None and found[1] >= 0.9:
+                    return place(node.stack)
+    return None
+
+
+def unused(context: Context) -> Iterable[Candidate]:
+    """A parameter is never used, or what it computes reaches no loss."""
+    groups: dict[tuple[str, Site | None], list[_Missing]] = defaultdict(list)
+    nodes: dict[tuple[str, Site | None], Node | None] = {}
+    all_missing = [m for m in _missing(context) if m.kind in ("unused", "unused_output") and not m.late]
+    if not all_missing or any(m.kind == "connected" for m in all_missing):
+        return
+    context.name_all(context.facts.parameters)
+    for missing in all_missing:
+        if missing.kind == "unused_output":
+            node: Node = missing.evidence
+            where = where_dropped(node) or place(node.stack)
+            key = ("unused_output", where)
+        else:
+            node, where = None, place(missing.facts.node.stack)
+            key = ("unused_param", where)
+        groups[key].append(missing)
+        nodes[key] = node
+    for (slug, where), group in groups.items():
+        node = nodes[slug, where]
+        benign = all(_of_library(context, m) or _routed(context, m) for m in group)
+        if slug == "unused_param":
+            why = "it is registered here, and nothing is ever computed from it"
+        else:
+            assert node is not None
+            why = f"what it computes (`{node.op}`) never reaches a loss that backward() is called on"
+        yield Candidate(
+            slug, where, _symptom(group), why, confidence=0.4 if benign else 0.75, severity="note" if benign else "warning",
+            evidence=tuple((site(entry), "computed" if node else "called from") for entry in (node.stack if node else group[0].facts.node.stack[1:])[:3]),
+            parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node,
+        )  # fmt: skip
+
+
+def _of_library(context: Context, missing: _Missing) -> bool:
+    tensor = missing.facts.ref()
+    return tensor is None or bool(context.tracer.of_library.get(tensor))
+
+
+def _routed(context: Context, missing: _Missing) -> bool:
+    """Whether a numbered sibling (an expert, a layer that is dropped at random) does get gradients."""
+    name = context.name(missing.key)
+    if name is None:
+        return False
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        head, tail = parts[:position], parts[position + 1 :]
+        for key, facts in context.parameters():
+            other = (context.name(key) or "").split(".")
+            if facts.reached and other[:position] == head and other[position + 1 :] == tail and other != parts:
+                return True
+    return False
+
+
+def dead_term(context: Context) -> Iterable[Candidate]:
+    """A term of the loss depends on parameters and has no gradient: adding a constant changes nothing."""
+    for part, root, times, step in context.facts.dead_terms.values():
+        cuts = [node for node in sufficient_breaks([part]) if not _is_teacher(context, node)]
+        if not cuts or _straight_through(part, root):
+            continue
+        node = cuts[-1]
+        cut = describe(node)
+        leaves = live_leaves(node)
+        ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves)
+        if not ids or cut.slug == "custom_function_cut":
+            continue
+        yield Candidate(
+            cut.slug, cut.place, f"a term of the loss is a constant: it was added in {count(times, 'backward')} and trains nothing",
+            f"{cut.why}; adding a constant to the loss changes no gradient",
+            confidence=0.88 - 0.2 * cut.deliberate * (cut.slug in ("argmax", "comparison")), evidence=(*cut.evidence, (place(part.stack), "term"), (place(root.stack), "added")),
+            parameters=ids, node=node, leaf=context.facts.parameters[ids[0]].node, root=root, explains="wrong",
+        )  # fmt: skip
+
+
+def _is_teacher(context: Context, node: Node) -> bool:
+    """Whether nothing that an optimizer trains is behind a break."""
+    held = context.held()
+    leaves = live_leaves(node)
+    return not any(
+        id(facts.node) in leaves and key in held and not context.is_hand_written(facts)
+        for key, facts in context.parameters()
+    )
+
+
+def _straight_through(part: Node, root: Node) -> bool:
+    """Whether the term is the constant half of `x + (y - x).detach()`: another term of the sum is inside of it."""
+    _, parts = sum_of(root)
+    inside = {id(node) for node in upstream([part])}
+    return any(other.live and id(other) in inside for other in parts) or any(
+        other is not part and other.live and _same_values(other, part) for other in parts
+    )
+
+
+def _same_values(live: Node, dead: Node) -> bool:
+    """Whether the dead term is computed from the very value that the live one is."""
+    return bool({id(n) for n in live.inputs if n.inputs} & {id(n) for n in upstream([dead])} and dead.cut == "detach")
+
+
+def number_in_the_loss(context: Context) -> Iterable[Candidate]:
+    """A term of the loss is a plain number that was read from a value with history."""
+    for join, root, times, escapes, _ in context.facts.dead_numbers.values():
+        live = [e for e in escapes if e.live and e.generation == join.generation]
+        found = number_escape(join, live) if live else None
+        if found is None or found[1] < 0.9:
+            continue
+        escape, confidence = found
+        leaves = {id(n) for n in upstream([escape.node], live=True) if n.leaf}
+        ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves)
+        if not ids:
+            continue
+        slug, how = escape_words(escape)
+        yield Candidate(
+            slug, place(escape.stack), f"a term of the loss is a plain number: it was added in {count(times, 'backward')} and trains nothing",
+            f"{how} turns the value into plain data here; adding a constant to the loss changes no gradient",
+            confidence=confidence - 0.03, evidence=((place(join.stack), "added"),), parameters=ids, node=escape.node,
+            leaf=context.facts.parameters[ids[0]].node, explains="wrong",
+        )  # fmt: skip
+
+
+def lost_derivative(context: Context) -> Iterable[Candidate]:
+    """One derivative in the loss was computed without create_graph, others beside it with: its term trains nothing."""
+    for node, root, times, other in context.facts.lost_derivatives.values():
+        leaves = {id(n) for n in upstream(node.inputs) if n.leaf}
+        ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves and facts.is_parameter)
+        yield Candidate(
+            "missing_create_graph", place(node.stack),
+            f"a derivative in the loss is a constant in {count(times, 'backward')}; every parameter gets a gradient, without its term",
+            "torch.autograd.grad without create_graph=True returns a constant; the derivatives beside it are recorded",
+            confidence=0.9, evidence=((place(other.stack), "recorded"), *((site(e), "called from") for e in node.stack[1:3])),
+            parameters=ids, node=node, root=root, explains="wrong",
+        )  # fmt: skip
+
+
+RULES: list[Rule] = [cut_on_the_way, left_as_a_number, unused, dead_term, number_in_the_loss, lost_derivative]
