@@ -18,6 +18,7 @@ from gradctl._lineage._facts import (
     Mutation,
     OptimizerFacts,
     ParameterFacts,
+    Placement,
 )
 from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
 from gradctl._lineage._node import Node, Region
@@ -52,6 +53,7 @@ __all__ = [
     "Node",
     "OptimizerFacts",
     "ParameterFacts",
+    "Placement",
     "Region",
     "Site",
     "Stack",

@@ -141,6 +141,8 @@ class _Call:
             seq=tracer.seq(),
         )
         facts.backwards.append(self.facts)
+        if self.inputs:
+            facts.differentiated.update([id(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)])
         tracer.settle_forward()
         self._find_data_edits()
         self.probe = Probe(tracer, self.graph, self.facts)
@@ -176,6 +178,7 @@ class _Call:
                 parameter = tracer.parameter(leaf)
                 parameter.reached += 1
                 parameter.last_reached = facts.generation
+                parameter.last_reached_seq = mine.seq
                 if parameter.first_reached is None:
                     parameter.first_reached = facts.generation
                 self._own_gradient(leaf)

@@ -58,6 +58,20 @@ class FlagChange(NamedTuple):
     seq: int
 
 
+class Placement(NamedTuple):
+    """A parameter or a module was set as an attribute of a module.
+
+    `before` is what stood there until then, None where nothing did.
+    """
+
+    owner: weakref.ref[Any]
+    name: str
+    value: weakref.ref[Any]
+    before: weakref.ref[Any] | None
+    stack: Stack
+    seq: int
+
+
 class GradEvent(NamedTuple):
     """Something other than backward touched a `.grad`.
 
@@ -89,6 +103,7 @@ class ParameterFacts:
             kind as `_walk.why_unreached` returns it.
         hand_written: number of in-place changes by the user after the first step, none of them by an optimizer.
         norm: largest absolute entry of the last gradient seen.
+        last_reached, last_reached_seq: generation of the last gradient, and the order of the backward that brought it.
     """
 
     ref: weakref.ref[Tensor]
@@ -101,6 +116,7 @@ class ParameterFacts:
     hand_written: int = 0
     norm: float | None = None
     last_reached: int = -1
+    last_reached_seq: int = -1
     killers: dict[str, Any] = field(default_factory=dict)
 
 
@@ -117,6 +133,8 @@ class OptimizerFacts:
     last_grads: dict[int, int] = field(default_factory=dict)
     last_step_seq: int = -1
     last_step_stack: Stack = ()
+    last_step_generation: int = -1
+    step_seqs: deque[int] = field(default_factory=lambda: deque[int](maxlen=512))
     uncleared: list[tuple[int, Stack]] = field(default_factory=list)
     cleared_before_step: list[tuple[int, GradEvent, Stack]] = field(default_factory=list)
 
@@ -220,8 +238,9 @@ class Facts:
     read_by_user: set[int] = field(default_factory=set)
     none_read: tuple[Node, bool, Stack] | None = None
     non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)
-    registered: list[tuple[weakref.ref[Any], str, weakref.ref[Any], Stack, int]] = field(default_factory=list)
-    modules_set: list[tuple[weakref.ref[Any], str, weakref.ref[Any], Stack, int]] = field(default_factory=list)
+    registered: list[Placement] = field(default_factory=list[Placement])
+    modules_set: list[Placement] = field(default_factory=list[Placement])
+    differentiated: set[int] = field(default_factory=set[int])
     threads: int = 1
     steps: int = 0
     generation: int = 0

@@ -78,6 +78,8 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     mine.last_grads = with_grad
     mine.last_step_seq = tracer.seq()
     mine.last_step_stack = stack
+    mine.last_step_generation = facts.generation
+    mine.step_seqs.append(mine.last_step_seq)
     mine.steps += 1
     facts.steps += 1
 

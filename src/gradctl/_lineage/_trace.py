@@ -15,6 +15,7 @@ from torch import Tensor
 from gradctl import _taps
 from gradctl import _torch_private as private
 from gradctl._lineage import _backward, _steps
+from gradctl._lineage._facts import Placement
 from gradctl._lineage._frames import Frames
 from gradctl._lineage._mode import Mode
 from gradctl._lineage._node import Region
@@ -154,25 +155,23 @@ class Trace:
         node = tracer.map.get(parameter)
         if node is not None and node.leaf and not node.stack:
             node.stack = stack
-        tracer.facts.registered.append((weakref.ref(module), name, weakref.ref(parameter), stack, tracer.seq()))
+        tracer.facts.registered.append(_placement(tracer, module, name, parameter, module._parameters, stack))
 
     def _module_registered(self, module: Any, name: str, child: Any) -> None:
         tracer = self.tracer
         if tracer.disabled or child is None:
             return
-        # Only what is set after training began matters here: building a model registers thousands.
-        if tracer.facts.generation or tracer.facts.optimizers:
-            tracer.facts.modules_set.append(
-                (weakref.ref(module), name, weakref.ref(child), tracer.frames.stack(), tracer.seq())
-            )
+        tracer.facts.modules_set.append(_placement(tracer, module, name, child, module._modules, tracer.frames.stack()))
 
     # ---------------------------------------------------------------------------------------------- new leaves
 
     def _parameter_made(self, inner: Any) -> Any:
         def new(cls: Any, data: Any = None, requires_grad: bool = True, **kwargs: Any) -> Any:
             made = inner(cls, data, requires_grad, **kwargs)
-            if isinstance(data, Tensor) and made is not data and not self.tracer.disabled:
-                self._rewrapped("Parameter", data, made)
+            if not self.tracer.disabled and isinstance(made, Tensor):
+                self.tracer.created.set(made, self.tracer.frames.stack())
+                if isinstance(data, Tensor) and made is not data:
+                    self._rewrapped("Parameter", data, made)
             return made
 
         return new
@@ -305,6 +304,18 @@ class Trace:
             return inner(traced, args, *rest, **kwargs)
 
         return start
+
+
+def _placement(tracer: Tracer, owner: Any, name: str, value: Any, slots: Any, stack: Any) -> Placement:
+    before = slots.get(name)
+    return Placement(
+        weakref.ref(owner),
+        name,
+        weakref.ref(value),
+        None if before is None else weakref.ref(before),
+        stack,
+        tracer.seq(),
+    )
 
 
 def _defined_by_library(frames: Frames) -> bool:

@@ -74,6 +74,7 @@ class Tracer:
         self.facts = Facts()
         self.map = TensorMap()
         self.defined = TensorMap()
+        self.created = TensorMap()
         self.of_library = TensorMap()
         self.through_data = TensorMap()
         self.constants_made = -1
@@ -125,7 +126,7 @@ class Tracer:
     def leaf(self, tensor: Tensor) -> Node:
         """Return a node for a tensor that was made out of sight, or for a leaf."""
         grad_fn = grad_fn_of(tensor)
-        node = self.new("leaf" if grad_fn is None else "unknown", self.defined.get(tensor) or ())
+        node = self.new("leaf" if grad_fn is None else "unknown", self.defined.get(tensor) or self.created.get(tensor) or ())
         node.requires_grad = tensor.requires_grad
         node.leaf = grad_fn is None
         node.live = grad_fn is not None
