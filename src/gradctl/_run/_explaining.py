@@ -26,9 +26,11 @@ from gradctl._run._stdin import Input
 
 _SHOWN_LINES = 30
 _AGAIN = (
-    "gradctl: something is wrong with the gradients. Running the script again, traced, to find the line: what it does "
-    "to files and services happens a second time (--no-rerun forbids that)."
+    "gradctl: {why} Running the script again, traced: what it does to files and services happens a second time "
+    "(--no-rerun forbids that)."
 )
+_WHY = "something may be wrong with the gradients."
+_ASKED = "nothing is wrong so far."
 _NO_TERMINAL = "gradctl: this time it gets an empty input: what was typed at the terminal cannot be typed again."
 
 
@@ -109,12 +111,13 @@ class _Stages:
             if first is None:
                 second = self._traced(symptoms=(), hidden=False)
             elif self._place.anyone(_outcome.needs_tracing(first, self._options)):
-                self._announce()
+                asked = self._options.notes or self._options.at_step is not None
+                self._announce(_ASKED if asked and not _outcome.is_suspicious(first) else _WHY)
                 second = self._traced(symptoms=first.symptoms, hidden=True)
         finally:
             self._input.close()
         found = _outcome.conclude(display_name(self._script), first, second, self._options)
-        if second is not None and second.output and _outcome.failed_anew(first, second):
+        if second is not None and second.output and second.code >= 0 and _outcome.failed_anew(first, second):
             _show_end(second.output)
         return self._place.merged(found)
 
@@ -134,6 +137,8 @@ class _Stages:
             "at_step": self._options.at_step,
             "notes": self._options.notes,
             "symptoms": list(symptoms),
+            # A rank that ends early would take the others down with it; after N steps all of them end.
+            "may_end": self._place.rank.launch is None or self._options.steps is not None,
         }
         if not hidden:
             stdout = 2 if self._options.script_to_stderr else 1
@@ -171,9 +176,9 @@ class _Stages:
         self._place.ended(failed=code != 0)
         return code
 
-    def _announce(self) -> None:
+    def _announce(self, why: str) -> None:
         if self._place.rank.rank == 0:
-            print(_AGAIN, file=sys.stderr)
+            print(_AGAIN.format(why=why), file=sys.stderr)
             if self._input.kind == "terminal":
                 print(_NO_TERMINAL, file=sys.stderr)
 

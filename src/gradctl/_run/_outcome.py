@@ -23,9 +23,13 @@ _SYMPTOM_OF = {
     "unoptimized": "not_in_optimizer",
     "gradients-all-zero": "zero",
     "gradients-zero": "zero",
-    "gradients-vanish": "vanished",
-    "loss-blew-up": "exploded",
+    "gradients-vanish": "zero",
+    "loss-blew-up": "nonfinite",
 }
+
+
+_NOTHING = "no verdict: the script has run no backward, so that there is no gradient to judge"
+_PERHAPS = ("left_autograd", "live_graphs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,7 @@ class Ran:
         told: the result that it left; see `_traced.write`. Empty if it left none.
         seen: symptoms that its journals show.
         names: FQNs of the parameters that its journals name.
-        backwards: how many backward passes were recorded in its main process.
+        recorded: how many backward passes its main process has journalled.
         children: how many other processes of its own have trained.
         not_seen: why it could not be watched.
         output: the end of what it printed, where that was kept.
@@ -70,7 +74,7 @@ class Ran:
     told: dict[str, Any] = field(default_factory=dict[str, Any])
     seen: tuple[dict[str, Any], ...] = ()
     names: tuple[str, ...] = ()
-    backwards: int = 0
+    recorded: int = 0
     children: int = 0
     not_seen: tuple[str, ...] = ()
     output: str = ""
@@ -101,6 +105,11 @@ class Ran:
     def steps(self) -> int:
         """How many optimizer steps were watched."""
         return int(self.told.get("steps", 0))
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether there was anything to judge."""
+        return bool(self.steps or self.recorded or self.told.get("backwards"))
 
     @property
     def error(self) -> dict[str, Any] | None:
@@ -139,7 +148,7 @@ def read_journals(directory: Path, rank: Rank) -> Ran:
     return Ran(
         seen=seen,
         names=tuple(names),
-        backwards=sum(j.end.backwards if j.end else len(j.blocks) for j in own),
+        recorded=sum(j.end.backwards if j.end else len(j.blocks) for j in own),
         children=sum(1 for j in run.children if j.blocks or j.rows),
         not_seen=not_seen,
     )
@@ -157,18 +166,28 @@ def needs_tracing(first: Ran, options: Options) -> bool:
         first: the run with the sentinel.
         options: how to look.
     """
-    return options.rerun and _suspicious(first, options)
+    asked = (options.notes or options.at_step is not None) and first.error is None and not first.not_seen
+    return options.rerun and (is_suspicious(first) or (asked and bool(first.told.get("torch"))))
 
 
-def _suspicious(first: Ran, options: Options) -> bool:
+def is_suspicious(first: Ran) -> bool:
+    """Say whether something may be wrong with the gradients of a run, or could not be seen.
+
+    Args:
+        first: the run with the sentinel.
+    """
     if not first.told.get("torch") or first.not_seen:
         return False  # a second run would see no more
-    if first.gradient_error:
-        return True
-    if first.error is not None and not first.steps:
+    if first.error is not None and not first.steps and not first.gradient_error:
         return False  # it never came to train: what is missing then is missing for that reason
-    asked = options.notes or options.at_step is not None
-    return bool(first.symptoms or first.told.get("faults") or (asked and first.error is None))
+    return first.gradient_error or bool(first.symptoms or first.told.get("faults"))
+
+
+def _is_wrong(first: Ran) -> bool:
+    """Say whether that much is certain without a trace: a value that left autograd may do no harm."""
+    return is_suspicious(first) and (
+        first.gradient_error or any(symptom["kind"] not in _PERHAPS for symptom in first.symptoms)
+    )
 
 
 def failed_anew(first: Ran | None, second: Ran) -> bool:
@@ -225,13 +244,15 @@ def _findings(
 ) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
     if second is None:
         assert first is not None
-        if _suspicious(first, options) and not options.rerun:
+        if _is_wrong(first) and not options.rerun:
             return _from_crumbs(first, "the script was not run a second time (--no-rerun)")
         return (), _of_first(first), ()
     if first is not None and failed_anew(first, second):
         return _from_crumbs(first, f"the traced run {_end(second)}, which the first one did not")
     real = sum(1 for finding in second.findings if finding.severity != "note")
     remarks = tuple(f"the tracer switched itself off: {fault}" for fault in second.faults)
+    if first is None and second.told.get("how") == "done":
+        remarks = (*remarks, f"the script was ended{_after(second)}")
     if real:
         error = second.error or (first.error if first else None)
         if error is not None and not second.gradient_error and not (first and first.gradient_error):
@@ -258,13 +279,13 @@ def _of_first(first: Ran) -> Conclusion:
         return own
     if first.told.get("faults"):
         return FAULT, f"gradctl could not watch the script: {first.told['faults'][0]}"
-    if not first.steps and not first.backwards:
+    if not first.has_gradients:
         if first.children:
             return NO_VERDICT, (
                 "no verdict: only child processes of the script have trained, and they cannot be traced; "
                 "start the ranks with a launcher: torchrun ... -m gradctl explain train.py"
             )
-        return NO_VERDICT, "no verdict: the script has run no backward, so that there is no gradient to judge"
+        return NO_VERDICT, _NOTHING
     return CLEAN, f"nothing is wrong with the gradients{_of_steps(first)}"
 
 
@@ -280,8 +301,8 @@ def _of_second(first: Ran | None, second: Ran) -> Conclusion:
     own = _own_end(second) if second.told.get("how") != "done" else None
     if own is not None:
         return own
-    if first is None and not second.steps:
-        return NO_VERDICT, "no verdict: the script has taken no optimizer step, so that there is nothing to judge"
+    if not second.has_gradients and (first is None or not first.has_gradients):
+        return NO_VERDICT, _NOTHING
     return CLEAN, f"nothing is wrong with the gradients{_of_steps(second)}"
 
 
@@ -316,6 +337,10 @@ def _error(error: dict[str, Any]) -> str:
     message = str(error["message"]).partition("\n")[0]
     place = f" ({os.path.basename(error['file'])}:{error['line']})" if error.get("file") else ""
     return f"{error['type']}{': ' if message else ''}{message}{place}"
+
+
+def _after(ran: Ran) -> str:
+    return f" after {ran.steps} step{'' if ran.steps == 1 else 's'}"
 
 
 def _of_steps(ran: Ran) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import socket
 import tempfile
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +25,8 @@ from gradctl._results import Explanation, Finding
 from gradctl._run import _directory
 from gradctl._run._launcher import Rank
 
-_ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
+_AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_PORT = "MASTER_PORT"
 _LOCAL_SIZES = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 _FAILED_SECONDS = 5.0
 """How long a rank may go on after another has failed: long enough to fail by itself, and to say why."""
@@ -129,14 +132,25 @@ class _Ranks(Place):
         if not self.rank.draws:
             return None
         self._exchange("found", "1", seconds=_WORDS_SECONDS)
-        files = sorted(self.own.glob("found.*.json"), key=lambda file: int(file.name.split(".")[1]))
-        return merge([_unpacked(json.loads(file.read_bytes())) for file in files])
+        ranks = sorted(_directory.started_ranks(self.own), key=self._failed_at)
+        files = [self.own / f"found.{rank}.json" for rank in ranks]
+        return merge([_unpacked(json.loads(file.read_bytes())) for file in files if file.exists()])
+
+    def _failed_at(self, rank: int) -> tuple[float, int]:
+        """When the last run of a rank failed: what the others say after that is often only that it has gone."""
+        mark = self.own / f".ended.{self._round - 1}.{rank}"
+        try:
+            failed = os.readlink(mark) == "1"
+            return (mark.lstat().st_mtime_ns if failed else math.inf), rank
+        except OSError:
+            return math.inf, rank
 
     def environment(self, found: Mapping[str, str], *, again: bool) -> dict[str, str]:
         environment = dict(found)
-        if again and _ATTEMPT in environment:
-            # The launcher's store still holds the addresses of the first run; a new attempt has keys of its own.
-            environment[_ATTEMPT] = str(int(environment[_ATTEMPT]) + 1)
+        if again and _PORT in environment:
+            # The store of the first run still holds its addresses: rank 0 is to open another one.
+            environment[_PORT] = self._exchange("port", _free_port(), seconds=None)[0]
+            environment[_AGENT_STORE] = "False"
         return environment
 
     def _exchange(self, what: str, word: str, *, seconds: float | None) -> list[str]:
@@ -162,7 +176,7 @@ class _Ranks(Place):
             os.symlink(word, self.own / f".{what}.{self._round}.{self.rank.rank}")
 
     def _said(self, what: str) -> list[str]:
-        marks = [self._mark(what, rank) for rank in _directory.started_ranks(self.own)]
+        marks = [self._mark(what, rank) for rank in sorted(_directory.started_ranks(self.own))]
         return [mark for mark in marks if mark is not None]
 
     def _mark(self, what: str, rank: int) -> str | None:
@@ -226,6 +240,12 @@ def _own_folder() -> Path:
     return base
 
 
+def _free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("", 0))
+        return str(found.getsockname()[1])
+
+
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -250,7 +270,7 @@ def merge(found: list[Explanation]) -> Explanation:
     """Return one explanation for several ranks: findings of one cause at one place are one finding.
 
     Args:
-        found: that of each rank, in order; at least one.
+        found: that of each rank, the one that counts first; at least one.
     """
     decisive = min(found, key=lambda one: _DECISIVE.index(one.exit_code))
     findings: dict[tuple[str, str], Finding] = {}

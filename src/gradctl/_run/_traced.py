@@ -20,21 +20,6 @@ from gradctl import __version__, _taps
 from gradctl._run import _exit_status
 
 _TEMPORARY = ("tempfile.mkdtemp", "tempfile.mkstemp")
-# How torch's own gradient errors begin or go on; a run without a sentinel knows them by nothing else.
-_GRADIENT_ERRORS = (
-    "does not require grad",
-    "backward through the graph a second time",
-    "modified by an inplace operation",
-    "grad can be implicitly created only for scalar",
-    "that requires grad",
-    "can require gradients",
-    "Inference tensors cannot be",
-    "have been used in the graph",
-    "has no attribute 'backward'",
-    "finished reduction in the prior iteration",
-    "Only Tensors created explicitly by the user",
-    "can't optimize a non-leaf Tensor",
-)
 
 
 class Watcher(Protocol):
@@ -78,7 +63,7 @@ class _TracedRun:
             at_step=told["at_step"],
             notes=told["notes"],
             symptoms=told["symptoms"],
-            on_done=on_done,
+            on_done=on_done if told["may_end"] else None,
         )
 
     def begin(self) -> None:
@@ -86,10 +71,14 @@ class _TracedRun:
 
     def end(self, error: BaseException | None) -> dict[str, Any]:
         try:
-            findings = [finding.to_json() for finding in self._tracing.findings(error)]
+            found: dict[str, Any] = {
+                "findings": [finding.to_json() for finding in self._tracing.findings(error)],
+                "steps": self._tracing.steps,
+                "backwards": len(self._tracing.context.facts.backwards),
+            }
         finally:
             self._tracing.stop()
-        return {"findings": findings, "steps": self._tracing.steps, "faults": list(self._tracing.faults)}
+        return found | {"faults": list(self._tracing.faults)}
 
     def drop(self) -> None:
         self._tracing.stop()
@@ -235,10 +224,12 @@ def write(
     versions = {"gradctl": __version__, "python": platform.python_version()}
     if torch is not None:
         versions["torch"] = str(getattr(torch, "__version__", ""))
+    # Before torch is there, nothing can be about gradients, and to ask would load it.
+    about_gradients = error is not None and torch is not None and _is_about_gradients(error)
     result = {
         "how": how,
         "code": code,
-        "error": None if error is None else _exit_status.describe(error) | {"gradient": is_gradient_error(error)},
+        "error": None if error is None else _exit_status.describe(error) | {"gradient": about_gradients},
         "script": script,
         "torch": torch is not None,
         "versions": versions,
@@ -253,15 +244,13 @@ def write(
         return  # whoever waits for it sees that there is none
 
 
-def is_gradient_error(error: BaseException) -> bool:
-    """Say whether an exception is one of torch's about gradients, by its words."""
-    if isinstance(error, (SyntaxError, SystemExit, KeyboardInterrupt, AssertionError)):
-        return False
+def _is_about_gradients(error: BaseException) -> bool:
     try:
-        text = str(error)
+        from gradctl._explain._gradient_errors import is_gradient_error
+
+        return is_gradient_error(error)
     except Exception:
         return False  # the script's own class, which cannot say what it is
-    return any(words in text for words in _GRADIENT_ERRORS)
 
 
 def _script() -> str | None:
