@@ -64,7 +64,8 @@ def sentence(text: str) -> str:
     _, _, rest = text.partition("## Why\n")
     paragraph = rest.strip().partition("\n\n")[0]
     found = _SENTENCE.match(paragraph)
-    return " ".join((found[0] if found else paragraph).split()).replace("`", "")
+    words = " ".join((found[0] if found else paragraph).split()).replace("`", "")
+    return f"{words[:-1]}." if words.endswith(":") else words
 
 
 def draw(slug: str, *, console: Console) -> None:
