@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from gradctl._explain._sentinel import Sentinel
 from gradctl._explain._symptoms import Symptom
 from gradctl._explain._tracing import Tracing
 
-__all__ = ["Symptom", "Tracing"]
+__all__ = ["Sentinel", "Symptom", "Tracing"]

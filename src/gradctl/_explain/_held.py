@@ -1,0 +1,187 @@
+"""What an optimizer holds, and in which state each gradient was at its steps: there, missing, zero or not finite."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gradctl._lineage._numbers import read_numbers
+
+DENSE = 3
+"""Each of the first so many steps is looked at; later ones as far as their share of the time allows."""
+_SHARE = 0.01
+_TINY = 1e-30
+
+
+def held_by(optimizer: Any) -> list[Tensor]:
+    """Return the parameters of all groups."""
+    return [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, Tensor)]
+
+
+class Held:
+    """One optimizer.
+
+    Args:
+        optimizer: it; only weak references to it and to its parameters are kept.
+
+    Attributes:
+        steps: how many it has made.
+        lost: for a parameter (by position) that had a gradient before, the step at which it had none.
+        zero: for a position, the step since which its gradient is exactly zero (or below 1e-30).
+        bad: for a position, the step at which its gradient was first not finite.
+        uncleared: the first step that used gradients of the step before, still uncleared.
+        cleared: the first step before which the gradients of a backward were cleared.
+        shared: the first step at which two parameters had the same memory as gradient.
+        names: the FQN of each position, as far as anything names it.
+        cleared_at: the place of the last clearing in the order of events; -1 for none.
+        stepped_at: that of the last step.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self.ref = weakref.ref(optimizer)
+        self.steps = 0
+        self.params: list[weakref.ref[Tensor]] = []
+        self.names: list[str | None] = []
+        self.ids: list[int] = []
+        self.lost: dict[int, int] = {}
+        self.zero: dict[int, int] = {}
+        self.bad: dict[int, int] = {}
+        self.uncleared: int | None = None
+        self.cleared: int | None = None
+        self.shared: int | None = None
+        self.cleared_at = -1
+        self.stepped_at = -1
+        self._ever: list[bool] = []
+        self._missing: list[bool] = []
+        self._trained: list[bool] = []
+        self._last: dict[int, weakref.ref[Tensor]] = {}
+        self._last_step = -1
+        self._spent = 0.0
+        self._begun = time.perf_counter()
+
+    def stepped(self, optimizer: Any, order: int, last_backward: int) -> None:
+        """Look at the gradients of the step that has just been made.
+
+        Args:
+            optimizer: it.
+            order: the place of this step in the order of events.
+            last_backward: that of the last backward; -1 when there was none.
+        """
+        self.steps += 1
+        if self.cleared is None and self.cleared_at > last_backward > self.stepped_at:
+            self.cleared = self.steps
+        fresh = last_backward > self.stepped_at >= self.cleared_at
+        params = held_by(optimizer)
+        ids = list(map(id, params))
+        if ids != self.ids:
+            self._bind(params, ids)
+        missing = [p.grad is None for p in params]
+        if missing != self._missing:
+            self._changed(missing)
+        now = time.perf_counter()
+        if self.steps <= DENSE or self._spent <= _SHARE * (now - self._begun):
+            self.check(params, fresh=fresh)
+            self._spent += time.perf_counter() - now
+        self.stepped_at = order
+
+    def never(self) -> list[int]:
+        """Return the positions of what requires a gradient and was never given one."""
+        return [
+            position
+            for position, ever in enumerate(self._ever)
+            if not ever and self._missing[position] and self._trained[position]
+        ]
+
+    def check(self, params: Sequence[Tensor] | None = None, *, fresh: bool = False) -> None:
+        """Look at the numbers of the gradients, and at whose they are.
+
+        Args:
+            params: what the optimizer holds, if the caller knows it.
+            fresh: a backward has run since the last step, and nothing was cleared since then.
+        """
+        if params is None:
+            params = [p for ref in self.params if (p := ref()) is not None]
+            if len(params) != len(self.params):
+                return
+        self._trained = [p.requires_grad for p in params]
+        grads = [(position, grad) for position, p in enumerate(params) if (grad := p.grad) is not None]
+        for (position, _), size in zip(grads, largest([grad for _, grad in grads]), strict=True):
+            if size is None:
+                continue
+            if size - size != 0.0:
+                self.bad.setdefault(position, self.steps)
+            if size < _TINY:
+                self.zero.setdefault(position, self.steps)
+            else:
+                self.zero.pop(position, None)
+        self._whose(grads, fresh)
+
+    def _bind(self, params: list[Tensor], ids: list[int]) -> None:
+        # Groups are added at the end; any other change starts anew.
+        kept = len(self.ids) if ids[: len(self.ids)] == self.ids else 0
+        if not kept:
+            self._ever, self._missing, self._trained, self._last, self.names = [], [], [], {}, []
+            for states in (self.lost, self.zero, self.bad):
+                states.clear()
+        more = params[kept:]
+        self.ids = ids
+        self.params = [*self.params[:kept], *(weakref.ref(p) for p in more)]
+        self._ever += [False] * len(more)
+        self._missing += [True] * len(more)
+        self._trained += [p.requires_grad for p in more]
+        self.names += [None] * len(more)
+
+    def _changed(self, missing: list[bool]) -> None:
+        for position, gone in enumerate(missing):
+            if not gone:
+                self._ever[position] = True
+            elif self._ever[position] and position not in self.lost:
+                self.lost[position] = self.steps
+        self._missing = missing
+
+    def _whose(self, grads: Sequence[tuple[int, Tensor]], fresh: bool) -> None:
+        """Look for gradients that are still those of the step before, and for two that share their memory."""
+        if self.uncleared is None:
+            last = self._last if fresh and self._last_step == self.steps - 1 else {}
+            if any(position in last and last[position]() is grad for position, grad in grads):
+                self.uncleared = self.steps
+            self._last = {position: weakref.ref(grad) for position, grad in grads}
+            self._last_step = self.steps
+        if self.shared is None:
+            seen: set[int] = set()
+            for _, grad in grads:
+                if type(grad) is not Tensor or grad.layout is not torch.strided or grad.device.type == "meta":
+                    continue
+                pointer = grad.data_ptr()
+                if pointer and pointer in seen:
+                    self.shared = self.steps
+                seen.add(pointer)
+
+
+def largest(tensors: Sequence[Tensor]) -> list[float | None]:
+    """Return the largest absolute entry of each tensor, NaN where there is one; None for what cannot be read."""
+    found: list[float | None] = [None] * len(tensors)
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return found  # nothing may be added to a CUDA graph, and nothing waited for
+    readable: list[int] = []
+    norms: list[Tensor] = []
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+        for position, tensor in enumerate(tensors):
+            if type(tensor) not in (Tensor, Parameter) or tensor.device.type == "meta":
+                continue
+            if tensor.layout is torch.sparse_coo:
+                tensor = tensor._values()
+            if tensor.layout is not torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            if tensor.numel():
+                readable.append(position)
+                norms.append(torch.linalg.vector_norm(tensor.detach(), float("inf")))
+        for position, number in zip(readable, read_numbers(norms), strict=True):
+            found[position] = number
+    return found
