@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradctl._lineage._facts import BackwardFacts, ErrorFacts
 from gradctl._lineage._node import Node
+from gradctl._lineage._numbers import sizes_of
 from gradctl._lineage._probe import Probe
 from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
 from gradctl._lineage._walk import ADDITIONS, sum_of, upstream
@@ -22,11 +23,13 @@ class Graph:
     """The autograd nodes behind some outputs.
 
     Attributes:
+        roots: the outputs that are tensors.
         nodes: every one of them, consumers before what they consume where that is known.
         site: for each, the node of the operation that made it, or that of its consumer.
     """
 
     def __init__(self, outputs: Sequence[Any]) -> None:
+        self.roots = [output for output in outputs if isinstance(output, Tensor)]
         self.nodes: list[Any] = []
         self.site: dict[Any, Node | None] = {}
         stack = [fn for output in outputs if (fn := _function_of(output)) is not None]
@@ -143,10 +146,11 @@ class _Call:
         facts.backwards.append(self.facts)
         if self.inputs:
             facts.differentiated.update([id(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)])
-        tracer.settle_forward()
         self._find_data_edits()
         self.probe = Probe(tracer, self.graph, self.facts)
         if tracer.numerics and self.facts.accumulates and not self.facts.create_graph:
+            tracer.forward.settle()
+            self.facts.root_sizes = sizes_of(self.roots)
             self.probe.attach()
 
     def failed(self, error: BaseException) -> None:

@@ -102,7 +102,8 @@ class ParameterFacts:
         explained: at which steps it was without a gradient and what the lineage said then: `(step, kind, node)`,
             kind as `_walk.why_unreached` returns it.
         hand_written: number of in-place changes by the user after the first step, none of them by an optimizer.
-        norm: largest absolute entry of the last gradient seen.
+        norm: rough size of the last gradient that flowed to it (see `_numbers.magnitude`), with numerics only.
+        killers: what kept its gradient away since it last had one: by kind the first hit and for how many backwards.
         last_reached, last_reached_seq: generation of the last gradient, and the order of the backward that brought it.
     """
 
@@ -154,6 +155,7 @@ class BackwardFacts:
         step: number of optimizer steps before it.
         seq: order.
         missing: positions of inputs that came back as None.
+        root_sizes: rough size of each output (see `_numbers.magnitude`), with numerics only.
     """
 
     generation: int
@@ -168,6 +170,7 @@ class BackwardFacts:
     leaves: frozenset[int] = frozenset()
     missing: tuple[int, ...] = ()
     failed: bool = False
+    root_sizes: tuple[float, ...] = ()
 
 
 @dataclass(slots=True)
@@ -199,10 +202,20 @@ class ErrorFacts:
 
 @dataclass(slots=True)
 class Hit:
-    """What the numeric probe found at one node of a backward graph.
+    """What the numeric probe found at one function of a backward graph.
 
-    kind: "nonfinite" (finite in, NaN or inf out), "zero" (something in, exactly zero out), "tiny" (below 1e-30),
-    "forward" (a value of the forward was NaN or inf already).
+    Attributes:
+        kind: "nonfinite" (finite in, NaN or inf out), "zero" (something in, exactly zero out), "tiny" (below 1e-18),
+            "none" (something in, nothing out).
+        function: name of the autograd function.
+        node: the operation of the forward that it belongs to, or that of its consumer.
+        magnitude: size of what arrived.
+        generation, step: when.
+        leaf: id of the leaf that it kept from its gradient.
+        detail: `edge` (number of the input; -1: what arrived sums to zero, or a hook emptied it), `size` (what went
+            out), `saved` (what the function had saved, see `_probe.look_at_saved`), `dtype` of what went out, `masked`
+            (whether all that broke came from a gradient of exactly zero), `empty` (a gradient without entries came in),
+            `forward_class` of a custom Function, `after` (what used the output), `others` (further hits of the leaf).
     """
 
     kind: str
@@ -212,7 +225,35 @@ class Hit:
     generation: int
     step: int
     leaf: int | None = None
-    detail: dict[str, Any] = field(default_factory=dict)
+    detail: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(slots=True)
+class NonfiniteFacts:
+    """The first backward with a NaN or an infinity that was not merely passed over.
+
+    Attributes:
+        backward: its facts.
+        hit: the function that broke it; None if what arrived from the loss was broken already.
+        flags: values of the forward before it that were not finite (see `_forward.Flag`).
+        leaves: ids of the leaves that got it.
+        step, generation: when.
+        largest: the largest finite gradient of that backward.
+        growth: the lines that the engine ran most often, with how often, and the largest finite gradient there.
+        backwards: further backwards that were broken.
+        steps: optimizer steps that used a broken gradient.
+    """
+
+    backward: BackwardFacts
+    hit: Hit | None
+    flags: list[Any]
+    leaves: tuple[int, ...]
+    step: int
+    generation: int
+    largest: float = 0.0
+    growth: tuple[tuple[Node, int, float], ...] = ()
+    backwards: int = 0
+    steps: int = 0
 
 
 @dataclass(slots=True)
@@ -227,7 +268,9 @@ class Facts:
     parameters: dict[int, ParameterFacts] = field(default_factory=dict)
     optimizers: dict[int, OptimizerFacts] = field(default_factory=dict)
     error: ErrorFacts | None = None
-    hits: list[Hit] = field(default_factory=list)
+    nonfinite: NonfiniteFacts | None = None
+    recovered: int = 0
+    hooks: list[tuple[Node, Any, Stack]] = field(default_factory=list["tuple[Node, Any, Stack]"])
     dead_terms: dict[Any, Any] = field(default_factory=dict)
     dead_numbers: dict[Any, Any] = field(default_factory=dict)
     lost_derivatives: dict[Any, Any] = field(default_factory=dict)

@@ -45,8 +45,14 @@ class Mode(TorchFunctionMode):
         if plan is None:
             plan = self._plans[func] = plan_for(func, frozenset(HANDLERS))
         tracer, state = self._tracer, self._state
-        if plan.kind == "pass" or state.silent or tracer.blind():
+        if state.silent or tracer.blind():
             return func(*args, **kwargs)
+        if plan.kind == "pass":
+            try:
+                return func(*args, **kwargs)
+            except Exception as error:
+                note_failure(tracer, error, plan.name, tensors_in(args, kwargs))
+                raise
         if plan.kind == "special":
             return HANDLERS[plan.name](tracer, func, args, kwargs)
         tensors = tensors_in(args, kwargs)
@@ -91,7 +97,7 @@ class Mode(TorchFunctionMode):
                 stack = tracer.frames.stack()
                 if in_place:
                     for tensor in tracer.mutated(plan.name, tensors, versions, stack, optimizer=False):
-                        self._changed(tracer, plan.name, tensor, inputs, live, stack)
+                        self._changed(tracer, plan.name, tensor, inputs, live, stack, tensors)
                 scalars: tuple[Any, ...] | None = None
                 for output in outputs:
                     if any([output is tensor for tensor in tensors]):
@@ -102,12 +108,13 @@ class Mode(TorchFunctionMode):
                             [value for value in args if type(value) in (float, int)]
                         )
                     node.scalars = scalars
+                    tracer.look(node, output, tensors)
         except Exception as fault:
             tracer.disable(fault)
         return out
 
     @staticmethod
-    def _changed(tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack) -> None:
+    def _changed(tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack, arguments: list[Tensor]) -> None:
         """Give a tensor that was changed in place, and its base, their new nodes."""
         if is_leaf(tensor) and (tensor.requires_grad or isinstance(tensor, Parameter)):
             return
@@ -116,6 +123,7 @@ class Mode(TorchFunctionMode):
             return
         node = tracer.made(op, tensor, inputs, live, stack)
         node.extra = "in place"
+        tracer.look(node, tensor, [other for other in arguments if other is not tensor])
         base = tensor._base
         if base is not None and not (is_leaf(base) and base.requires_grad):
             tracer.made(op, base, [*inputs, tracer.node(base)], [*live, base.requires_grad], stack).extra = "in place"
@@ -168,6 +176,8 @@ def in_closure(tracer: Tracer) -> bool:
 
 def note_failure(tracer: Tracer, error: BaseException, op: str, tensors: list[Tensor]) -> None:
     """Keep what is known about the arguments of a torch call that raised."""
+    if tracer.facts.error is not None and tracer.facts.error.error is error:
+        return  # the engine has noted it already, and knows more
     try:
         state = tracer.here
         tracer.facts.error = ErrorFacts(

@@ -62,6 +62,7 @@ class Node:
         generation: number of backward calls that had been made.
         seq: order of making.
         shape, dtype: of the value.
+        storage: address of its storage's record, by which in-place changes are matched; 0 where it has none.
         ref: weak reference to the tensor.
         scalars: Python numbers among the arguments (used to find where a number came from).
         extra: further facts of single operations (`create_graph` of autograd.grad, the class of a custom Function...).
@@ -69,7 +70,7 @@ class Node:
 
     __slots__ = (
         "__weakref__", "cut", "dtype", "extra", "generation", "inputs", "leaf", "live", "live_inputs", "op", "ref",
-        "region", "requires_grad", "scalars", "seq", "shape", "stack", "trainable",
+        "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
     )  # fmt: skip
 
     def __init__(
@@ -91,6 +92,7 @@ class Node:
         self.dtype: Any = None
         self.ref: weakref.ref[Tensor] | None = None
         self.scalars: tuple[Any, ...] = ()
+        self.storage = 0
         self.extra: Any = None
 
     @property

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gradctl._lineage._facts import GradState, OptimizerFacts
 from gradctl._lineage._frames import Stack
-from gradctl._lineage._tracer import Tracer, read_numbers
+from gradctl._lineage._numbers import read_sizes
+from gradctl._lineage._tracer import Tracer
 from gradctl._lineage._walk import Unreached
 
 _EXPLAIN = 8
@@ -39,6 +40,8 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     params = held_by(optimizer)
     mine.held = frozenset([id(p) for p in params])
     states = _states(params)
+    if facts.nonfinite is not None and "nonfinite" in states:
+        facts.nonfinite.steps += 1
     backwards = [b for b in facts.backwards if b.accumulates and not b.failed and b.seq > mine.last_step_seq]
     step = facts.steps
     unreached: Unreached | None = None
@@ -103,7 +106,7 @@ def _states(params: list[Tensor]) -> list[GradState]:
     if not norms:
         return states
     with torch.no_grad():
-        numbers = read_numbers([torch.linalg.vector_norm(grad.detach(), float("inf")) for grad in norms])
+        numbers = read_sizes(norms)
     for position, number in zip(where, numbers, strict=True):
         states[position] = "zero" if number == 0.0 else "ok" if number - number == 0.0 else "nonfinite"
     return states

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import sys
 import weakref
@@ -267,13 +268,14 @@ class Trace:
                 tracer.frames.stack(),
             )  # fmt: skip
             node.extra = cls
+            tracer.look(node, output, tensors)
 
     def _inference_entered(self, inner: Any) -> Any:
         def enter(context: Any) -> Any:
             out = inner(context)
             tracer = self.tracer
             if not tracer.disabled and getattr(context, "mode", True):
-                tracer.here.inference.append(Region("inference", tracer.frames.stack()))
+                tracer.here.inference.append(_inference_region(tracer.frames))
             return out
 
         return enter
@@ -316,6 +318,20 @@ def _placement(tracer: Tracer, owner: Any, name: str, value: Any, slots: Any, st
         stack,
         tracer.seq(),
     )
+
+
+def _inference_region(frames: Frames) -> Region:
+    """Return the stretch that begins now, and whether a decorator of the user or a library began it."""
+    region = Region("inference", frames.stack())
+    frame: Any = sys._getframe(2)
+    if frames.is_user(frame.f_code.co_filename):
+        return region
+    region.library = "library"
+    if frame.f_code.co_name in ("decorate_context", "generator_context"):
+        code = getattr(inspect.unwrap(frame.f_locals.get("func", region)), "__code__", None)
+        if code is not None and frames.is_user(code.co_filename):
+            region.decorated, region.library = code, None
+    return region
 
 
 def _defined_by_library(frames: Frames) -> bool:

@@ -16,12 +16,14 @@ from torch.nn import Parameter
 
 from gradctl import _torch_private as private
 from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, ParameterFacts
+from gradctl._lineage._forward import ForwardCheck
 from gradctl._lineage._frames import Frames, Stack
 from gradctl._lineage._node import Node, Region, TensorMap
 from gradctl._lineage._operations import REWRAPS, VIEWS
 from gradctl._lineage._walk import Unreached
 
 _GENERATIONS = 2
+_WAITING = 4096
 NODE = "gradctl"
 FREED = "gradctl_freed"
 
@@ -82,8 +84,7 @@ class Tracer:
         self.faults: list[str] = []
         self.disabled = False
         self.pid = os.getpid()
-        self.pending: list[tuple[Node, Tensor]] = []
-        self.first_nan: tuple[Node, int] | None = None
+        self.forward = ForwardCheck()
         self._seq = 0
         self._threads = _PerThread()
         self._level: Callable[[], Any] = private.get("functorch_level")
@@ -133,6 +134,7 @@ class Tracer:
         node.trainable = node.requires_grad or isinstance(tensor, Parameter)
         node.shape = tuple(tensor.shape)
         node.dtype = tensor.dtype
+        node.storage = storage_of(tensor)
         node.ref = self.map.set(tensor, node)
         if grad_fn is not None:
             node.op = grad_fn.name()
@@ -166,6 +168,7 @@ class Tracer:
         node.live = grad_fn is not None
         node.shape = tensor.shape
         node.dtype = dtype = tensor.dtype
+        node.storage = storage_of(tensor)
         any_live = True in node.live_inputs
         if not node.live:
             node.leaf = node.requires_grad and not any_live
@@ -179,6 +182,8 @@ class Tracer:
                 node.cut = "rewrap"
             elif not (dtype.is_floating_point or dtype.is_complex):
                 node.cut = "dtype"
+                if state.inference and torch.is_inference_mode_enabled():
+                    node.region = state.inference[-1]
             elif torch.is_inference_mode_enabled():
                 node.cut = "inference"
                 node.region = state.inference[-1] if state.inference else None
@@ -196,36 +201,14 @@ class Tracer:
             for old in [key for key in self.log if key <= node.generation - _GENERATIONS]:
                 del self.log[old]
         log.append(node)
-        if self.numerics and node.trainable and op not in VIEWS:
-            self._check_forward(node, tensor, dtype)
         return node
 
-    def _check_forward(self, node: Node, tensor: Tensor, dtype: torch.dtype) -> None:
-        # One reduction, read with all others of this generation at once: a NaN survives the maximum norm.
-        if (
-            self.first_nan is not None
-            or not dtype.is_floating_point
-            or type(tensor) not in (Tensor, Parameter)
-            or tensor.layout is not torch.strided
-            or tensor.device.type == "meta"
-            or torch.is_inference_mode_enabled()
-            or tensor.numel() == 0
-        ):
-            return
-        with torch._C._DisableTorchDispatch():
-            self.pending.append((node, torch.linalg.vector_norm(tensor.detach(), float("inf"))))
-        if len(self.pending) >= 4096:
-            self.settle_forward()
-
-    def settle_forward(self) -> None:
-        """Read what the forward checks found: the first value that was NaN."""
-        pending, self.pending = self.pending, []
-        if not pending or self.first_nan is not None:
-            return
-        for position, value in enumerate(read_numbers([norm for _, norm in pending])):
-            if value != value:
-                self.first_nan = (pending[position][0], self.facts.steps)
-                return
+    def look(self, node: Node, tensor: Tensor, arguments: Sequence[Tensor]) -> None:
+        """Look at the numbers of a new value."""
+        if self.numerics and node.trainable and node.op not in VIEWS:
+            self.forward.look(node, tensor, arguments, self.facts.steps)
+            if self.forward.waiting >= _WAITING:
+                self.forward.settle()
 
     # ---------------------------------------------------------------------------------------------- events
 
@@ -260,7 +243,7 @@ class Tracer:
             data = self.through_data.get(tensor)
             facts.mutations.append(
                 Mutation(
-                    tensor.untyped_storage()._cdata, tuple(tensor.shape), None if base is None else tuple(base.shape),
+                    storage_of(tensor), tuple(tensor.shape), None if base is None else tuple(base.shape),
                     before, after, stack, op, facts.generation, self.seq(), optimizer, data is not None, id(tensor),
                 )
             )  # fmt: skip
@@ -305,25 +288,20 @@ def grad_fn_of(tensor: Tensor) -> Any:
         return None
 
 
+def storage_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's storage record; 0 for a tensor without one (sparse, or a wrapper)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
 def is_leaf(tensor: Tensor) -> bool:
     """Whether a tensor is a leaf; False where asking raises, as for `grad_fn_of`."""
     try:
         return tensor.is_leaf
     except RuntimeError:
         return False
-
-
-def read_numbers(values: Sequence[Tensor]) -> list[float]:
-    """Read 0-dim tensors of any dtypes and devices with one transfer for each kind."""
-    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for position, value in enumerate(values):
-        groups.setdefault((value.dtype, value.device), []).append(position)
-    numbers = [0.0] * len(values)
-    for positions in groups.values():
-        read = torch.stack([values[position] for position in positions]).tolist()
-        for position, number in zip(positions, read, strict=True):
-            numbers[position] = float(number)
-    return numbers
 
 
 def caller_of(filename_ends: tuple[str, ...]) -> Any:
