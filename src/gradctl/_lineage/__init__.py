@@ -24,7 +24,7 @@ from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import CASTS, COMPARISONS
 from gradctl._lineage._trace import Trace
-from gradctl._lineage._tracer import FREED, NODE, Tracer
+from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
 from gradctl._lineage._walk import (
     Unreached,
     breaks,
@@ -62,6 +62,7 @@ __all__ = [
     "Unreached",
     "breaks",
     "find_kept",
+    "grad_fn_of",
     "live_leaves",
     "path",
     "site",

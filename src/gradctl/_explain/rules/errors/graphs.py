@@ -1,0 +1,281 @@
+"""A second backward through the same graph: built once and used often, shared by two losses, or carried over a step."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from gradctl._explain._context import Candidate, Context, place
+from gradctl._explain._provenance import Carrier, carrier
+from gradctl._explain._raised import Raised, raised
+from gradctl._explain._source import source_of
+from gradctl._explain.rules import Rule
+from gradctl._lineage import FREED, NODE, ErrorFacts, Node, Site, Stack, grad_fn_of, site
+
+_STORES = frozenset(["__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"])
+
+
+class _Edge(NamedTuple):
+    """A recorded operation that uses a value of a freed part of the graph."""
+
+    consumer: Node
+    producer: Node
+    mark: tuple[int, Stack, int]
+
+
+class Carried(NamedTuple):
+    """A value of an earlier step that entered this one.
+
+    Args:
+        place: the line that carries it.
+        why: how, as a sentence without its full stop.
+        evidence: further places.
+        node: the value.
+    """
+
+    place: Site | None
+    why: str
+    evidence: tuple[tuple[Site | None, str], ...]
+    node: Node
+
+
+def second_backward(context: Context) -> Iterable[Candidate]:
+    """The exception "Trying to backward through the graph a second time"."""
+    error = raised(context, "backward through the graph a second time")
+    if error is None or error.facts is None or error.facts.graph is None or error.facts.backward is None:
+        return
+    facts = error.facts
+    backward = facts.backward
+    assert backward is not None
+    freed = {fn: mark for fn in facts.graph.nodes if (mark := fn.metadata.get(FREED)) is not None}
+    roots = [fn for root in facts.graph.roots if (fn := grad_fn_of(root)) in freed]
+    if roots:
+        yield _loss_again(error, facts, freed[roots[0]])
+        return
+    edges = _edges(facts, freed)
+    if not edges:
+        return
+    later = [edge for edge in edges if edge.consumer.seq > edge.mark[2]]
+    same_line = [edge for edge in later if edge.mark[1][:1] == backward.stack[:1]]
+    if not later or (not same_line and not any(_wrapped(edge.consumer, edge.producer) for edge in later)):
+        yield _shared(error, edges[0])
+        return
+    again = {(node.op, node.stack[:1]) for node in context.tracer.log.get(facts.backward.generation, ()) if facts.backward}
+    wrapped = [
+        edge for edge in later
+        if _wrapped(edge.consumer, edge.producer) or (edge.producer.op, edge.producer.stack[:1]) in again
+    ]  # fmt: skip
+    if wrapped:
+        yield from _stale(context, error, wrapped[0])
+    else:
+        yield _once(error, later[0])
+
+
+def _edges(facts: ErrorFacts, freed: dict[Any, tuple[int, Stack, int]]) -> list[_Edge]:
+    """Return the uses of freed parts from parts that are not, in the order of making."""
+    found: list[_Edge] = []
+    hard = _in_need(freed)
+    for function in facts.graph.nodes:
+        if function in freed:
+            continue
+        consumer = facts.graph.site.get(function)
+        for following, _ in function.next_functions:
+            if following is None or following not in freed:
+                continue
+            producer = following.metadata.get(NODE) or facts.graph.site.get(following)
+            if consumer is not None and producer is not None and following in hard:
+                found.append(_Edge(consumer, producer, freed[following]))
+    return sorted(found, key=lambda edge: edge.consumer.seq)
+
+
+def _in_need(freed: dict[Any, tuple[int, Stack, int]]) -> set[Any]:
+    """Return the freed functions behind which something misses what it had saved: sums and views have saved nothing."""
+    missing = {function for function in freed if _misses(function)}
+    consumers: dict[Any, list[Any]] = {}
+    for function in freed:
+        for following, _ in function.next_functions:
+            if following in freed:
+                consumers.setdefault(following, []).append(function)
+    queue = list(missing)
+    while queue:
+        for above in consumers.get(queue.pop(), ()):
+            if above not in missing:
+                missing.add(above)
+                queue.append(above)
+    return missing or set(freed)
+
+
+def _misses(function: Any) -> bool:
+    for name in dir(function):
+        if name.startswith("_saved_") or name == "saved_tensors":
+            try:
+                getattr(function, name)
+            except RuntimeError as refused:
+                if "freed" in str(refused):
+                    return True
+            except (AttributeError, TypeError):
+                continue
+    return False
+
+
+def _loss_again(error: Raised, facts: ErrorFacts, mark: tuple[int, Stack, int]) -> Candidate:
+    root = facts.nodes[0]
+    first, backward = place(mark[1]), place(facts.stack)
+    again = mark[1][:1] == facts.stack[:1]
+    where = root.site if again else first
+    why = (
+        "the loss was computed once here, and every iteration calls backward() on it"
+        if again
+        else "this backward() has freed the graph of the loss, and a later line calls backward() on the same loss"
+    )
+    return Candidate(
+        "graph_reused", where or backward, "backward() was called a second time on a loss whose graph was freed",
+        why, confidence=0.96 * error.certainty,
+        evidence=((root.site, "made"), (first, "freed"), (backward, "backward")), root=root, node=root, explains="error",
+    )  # fmt: skip
+
+
+def _shared(error: Raised, edge: _Edge) -> Candidate:
+    first, backward = place(edge.mark[1]), error.here
+    return Candidate(
+        "graph_reused", first or backward, "two backward() calls go through the same part of a graph",
+        f"the first backward() freed the part that both losses share: `{_word(edge.producer)}`, made at {_at(edge.producer)}",
+        "(loss_a + loss_b).backward(), or retain_graph=True in the first call",
+        confidence=0.95 * error.certainty,
+        evidence=((edge.producer.site, "shared"), (edge.consumer.site, "used again"), (backward, "backward")),
+        node=edge.producer, root=_root(error), explains="error",
+    )  # fmt: skip
+
+
+def _once(error: Raised, edge: _Edge) -> Candidate:
+    return Candidate(
+        "graph_reused", edge.producer.site or error.here, "a value that was computed once is gone backward through twice",
+        f"`{_word(edge.producer)}` ran once here; the first backward() freed its graph, and the next iteration uses the value",
+        "compute it in every iteration, or detach it if it is data",
+        confidence=0.93 * error.certainty,
+        evidence=((edge.consumer.site, "used"), (place(edge.mark[1]), "freed"), (error.here, "backward")),
+        node=edge.producer, root=_root(error), explains="error",
+    )  # fmt: skip
+
+
+def _stale(context: Context, error: Raised, edge: _Edge) -> Iterable[Candidate]:
+    found = _carried(edge.consumer, edge.producer)
+    dropped = _dropped_detach(context, edge.producer)
+    if dropped is not None:
+        yield Candidate(
+            "detach_unused", dropped, "detach() returns a new tensor, and nobody keeps it",
+            f"the value is what it was before this line: it carries the graph of the earlier step into {_at(edge.consumer)}",
+            confidence=0.97 * error.certainty,
+            evidence=((found.place, "carried"), (place(edge.mark[1]), "freed"), (error.here, "backward")),
+            node=edge.producer, root=_root(error), explains="error",
+        )  # fmt: skip
+    yield Candidate(
+        "stale_graph_carried", found.place, "backward() goes into the graph of an earlier step, which has been freed",
+        f"{found.why}; that step's backward() freed its graph",
+        confidence=0.95 * error.certainty,
+        evidence=(*found.evidence, (place(edge.mark[1]), "freed"), (error.here, "backward")), node=edge.producer,
+        root=_root(error), explains="error",
+    )  # fmt: skip
+
+
+def carried(facts: ErrorFacts, *, freed: bool) -> Carried | None:
+    """Return the value that links the graph of a failed backward to an earlier iteration; None if there is no such link."""
+    edges: list[tuple[Node, Node]] = []
+    for function in facts.graph.nodes:
+        consumer = facts.graph.site.get(function)
+        for following, _ in function.next_functions:
+            if following is None or getattr(following, "variable", None) is not None:
+                continue
+            producer = facts.graph.site.get(following)
+            if consumer is None or producer is None or consumer.generation <= producer.generation:
+                continue
+            if _wrapped(consumer, producer):
+                edges.append((consumer, producer))
+    if not edges:
+        return None
+    consumer, producer = max(edges, key=lambda edge: edge[0].generation * 1_000_000_000 - edge[0].seq)
+    return _carried(consumer, producer)
+
+
+def _carried(consumer: Node, producer: Node) -> Carried:
+    if producer.extra == "in place" and producer.op in _STORES:
+        return Carried(
+            producer.site, f"a value with history was stored into a tensor here, and used at {_at(consumer)} a step later",
+            ((consumer.site, "used"),), producer,
+        )  # fmt: skip
+    found = carrier(consumer.stack, producer.stack)
+    if found is None:
+        found = Carrier(consumer.site, "", 0) if consumer.site is not None else None
+    if found is None:
+        return Carried(None, "a value of an earlier step is used", (), producer)
+    name = f"`{found.text}`" if found.text else "a value"
+    return Carried(
+        found.place, f"{name} still holds what `{_word(producer)}` made in the step before (at {_at(producer)})",
+        ((consumer.site, "used"), (producer.site, "made")), producer,
+    )  # fmt: skip
+
+
+def _wrapped(consumer: Node, producer: Node) -> bool:
+    """Whether a loop went round between the two: in the first frame in which they differ, the consumer stands higher."""
+    for above, below in zip(reversed(consumer.stack), reversed(producer.stack), strict=False):
+        if above[0] is not below[0]:
+            return False
+        if above[1] != below[1]:
+            return site(above).line <= site(below).line
+    return True
+
+
+def _dropped_detach(context: Context, producer: Node) -> Site | None:
+    """Return the line that detached the value and did not keep the result."""
+    for nodes in context.tracer.log.values():
+        for node in nodes:
+            if node.op == "detach" and any(parent is producer for parent in node.inputs):
+                where = _not_kept(node.stack)
+                if where is not None:
+                    return where
+    return None
+
+
+def _not_kept(stack: Stack) -> Site | None:
+    for entry in stack:
+        source = source_of(entry)
+        statement = source.statement(entry) if source is not None else None
+        if source is None or statement is None:
+            return None
+        if isinstance(statement, ast.Expr):
+            kept = any(
+                isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr != "detach"
+                for node in ast.walk(statement)
+            )
+            return None if kept else site(entry)
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            name = statement.targets[0].id
+            for loop in source.loops(statement):
+                if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name) and loop.target.id == name:
+                    used = any(
+                        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+                        and node.lineno > statement.lineno
+                        for node in ast.walk(source.function(statement))
+                    )  # fmt: skip
+                    return None if used else site(entry)
+        if not isinstance(statement, ast.Return):
+            return None
+    return None
+
+
+def _at(node: Node) -> str:
+    where = node.site
+    return "a line of a library" if where is None else f"{where.file.rpartition('/')[2]}:{where.line}"
+
+
+def _word(node: Node) -> str:
+    name = node.op.removesuffix(".__get__").removesuffix(".apply")
+    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(name, name.strip("_") or name)
+
+
+def _root(error: Raised) -> Node | None:
+    return error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
+
+
+RULES: list[Rule] = [second_backward]
