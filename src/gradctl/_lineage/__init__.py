@@ -14,15 +14,20 @@ from gradctl._lineage._facts import (
     Facts,
     FlagChange,
     GradEvent,
+    Hidden,
     Hit,
+    Joining,
     Mutation,
+    NonfiniteFacts,
     OptimizerFacts,
     ParameterFacts,
     Placement,
+    Stranger,
 )
+from gradctl._lineage._forward import Flag
 from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
 from gradctl._lineage._node import Node, Region
-from gradctl._lineage._operations import CASTS, COMPARISONS
+from gradctl._lineage._operations import CASTS, COMPARISONS, VIEWS
 from gradctl._lineage._trace import Trace
 from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
 from gradctl._lineage._walk import (
@@ -40,23 +45,29 @@ __all__ = [
     "COMPARISONS",
     "FREED",
     "NODE",
+    "VIEWS",
     "BackwardFacts",
     "ErrorFacts",
     "Escape",
     "Facts",
+    "Flag",
     "FlagChange",
     "Frames",
     "GradEvent",
     "Graph",
+    "Hidden",
     "Hit",
+    "Joining",
     "Mutation",
     "Node",
+    "NonfiniteFacts",
     "OptimizerFacts",
     "ParameterFacts",
     "Placement",
     "Region",
     "Site",
     "Stack",
+    "Stranger",
     "Trace",
     "Tracer",
     "Unreached",

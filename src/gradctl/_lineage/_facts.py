@@ -140,6 +140,73 @@ class OptimizerFacts:
     cleared_before_step: list[tuple[int, GradEvent, Stack]] = field(default_factory=list)
 
 
+class Joining(NamedTuple):
+    """How a parameter came to stand where it stands: it, or a module above it, was set as an attribute of a module.
+
+    `replaced`: what stood there before is, or was, held by an optimizer. `trained`: such a leaf was in the same tree of
+    modules already.
+    """
+
+    kind: Literal["parameter", "module"]
+    stack: Stack
+    seq: int
+    replaced: bool
+    trained: bool
+
+
+class Hidden(NamedTuple):
+    """An attribute of a module that an optimizer trains holds a leaf which `parameters()` does not list.
+
+    Attributes:
+        owner: class of the module.
+        name: the attribute.
+        kind: class of what it holds.
+        layers: whether there are modules in it.
+        buffer: whether it is a buffer.
+        derived: whether it holds a result computed from the leaf, not the leaf.
+        direct: whether it is a tensor itself, not a container.
+        asleep: whether there is one module in it, and that not in training mode.
+        mapping: whether it is a dict.
+    """
+
+    owner: type
+    name: str
+    kind: str
+    layers: bool
+    buffer: bool
+    derived: bool
+    direct: bool
+    asleep: bool
+    mapping: bool
+
+
+@dataclass(slots=True)
+class Stranger:
+    """A leaf that a backward reached when no optimizer held it.
+
+    Attributes:
+        parameter: its facts.
+        is_parameter: whether it is an nn.Parameter.
+        joinings: how it came to its place, newest first, the parameter's own before those of modules above it.
+        in_trained_tree: whether a module that owns it, or one above that, owns a leaf that an optimizer holds too.
+        hidden: where it hangs without being registered.
+        stack: where it was made.
+        born: order of its first registration; without one, of when it was first seen.
+        like: class of its owner, name and shape.
+        placed: number of placements when this was asked.
+    """
+
+    parameter: ParameterFacts
+    is_parameter: bool
+    joinings: tuple[Joining, ...]
+    in_trained_tree: bool
+    hidden: tuple[Hidden, ...]
+    stack: Stack
+    born: int
+    like: tuple[Any, ...]
+    placed: int
+
+
 @dataclass(slots=True)
 class BackwardFacts:
     """One call of the engine.
@@ -269,7 +336,9 @@ class Facts:
     optimizers: dict[int, OptimizerFacts] = field(default_factory=dict)
     error: ErrorFacts | None = None
     nonfinite: NonfiniteFacts | None = None
+    passed: NonfiniteFacts | None = None
     recovered: int = 0
+    exploded: NonfiniteFacts | None = None
     hooks: list[tuple[Node, Any, Stack]] = field(default_factory=list["tuple[Node, Any, Stack]"])
     dead_terms: dict[Any, Any] = field(default_factory=dict)
     dead_numbers: dict[Any, Any] = field(default_factory=dict)
@@ -283,6 +352,7 @@ class Facts:
     non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)
     registered: list[Placement] = field(default_factory=list[Placement])
     modules_set: list[Placement] = field(default_factory=list[Placement])
+    strangers: dict[int, Stranger] = field(default_factory=dict[int, Stranger])
     differentiated: set[int] = field(default_factory=set[int])
     threads: int = 1
     steps: int = 0

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradctl._lineage._backward import Graph
 
 TINY = 1e-18
+HUGE = 1e12
 _EARLY = 3
 _SWALLOWERS = 3
 _RANK = {"none": 0, "zero": 1, "tiny": 2, "nonfinite": 3, "ok": 4}
@@ -101,7 +102,7 @@ class Probe:
                             edges[position, number] = 1.0
                         elif grad.device.type == "cpu":
                             size = edges[position, number] = magnitude(grad)
-                            odd = odd or not TINY <= size < 1e30
+                            odd = odd or not TINY <= size < HUGE
                         else:
                             edges[position, number] = 1.0
                             self._late.append(((position, number), norm_of(grad)))
@@ -144,7 +145,7 @@ class Probe:
             return
         for (edge, _), size in zip(self._late, read_numbers([norm for _, norm in self._late]), strict=True):
             self._edges[edge] = size
-            self._odd = self._odd or not TINY <= size < 1e30
+            self._odd = self._odd or not TINY <= size < HUGE
         facts = self._tracer.facts
         if not self._odd:
             for _, leaf in leaves:
@@ -161,6 +162,7 @@ class Probe:
             self._nonfinite(first_broken, bad, arrived)
         else:
             self._all_finite()
+            self._exploded([leaf for fn, leaf in leaves if (arrived.get(fn) or 0.0) > HUGE])
         for function, leaf in leaves:
             value = arrived.get(function)
             parameter = facts.parameters.get(id(leaf))
@@ -237,7 +239,7 @@ class Probe:
                 "dtype": dtypes[number] if 0 <= number < len(dtypes) else None,
                 "size": self._edges.get((position, number)),
                 "forward_class": getattr(type(function), "_forward_cls", None),
-                "after": self._after(function) if kind == "nonfinite" else (),
+                "after": self._after(function) if kind == "nonfinite" or number < 0 else (),
             },
         )  # fmt: skip
 
@@ -262,7 +264,7 @@ class Probe:
         found = facts.nonfinite
         if found is not None and not found.steps:
             facts.recovered += 1  # nobody used it: a loss scaler, or the program itself, left that step out
-            facts.nonfinite = None
+            facts.passed, facts.nonfinite = found, None
             tracer.forward.paused = False
         tracer.forward.clear()
 
@@ -287,6 +289,16 @@ class Probe:
         )
         tracer.forward.paused = True
         tracer.forward.clear()
+
+    def _exploded(self, grown: Sequence[Tensor]) -> None:
+        facts, backward = self._tracer.facts, self._backward
+        if not grown or facts.nonfinite is not None:
+            return
+        before = 0 if facts.exploded is None else facts.exploded.backwards
+        facts.exploded = NonfiniteFacts(
+            backward, None, [], tuple([id(leaf) for leaf in grown]), backward.step, backward.generation,
+            max(size for size in self._edges.values() if size is not None), self._growth(), before + 1,
+        )  # fmt: skip
 
     def _growth(self) -> tuple[tuple[Node, int, float], ...]:
         """Return the sites that the engine ran most often until a gradient broke, with how often and the last size."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradctl._lineage._census import note_strangers
 from gradctl._lineage._facts import GradState, OptimizerFacts
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._numbers import read_sizes
@@ -40,8 +41,10 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     params = held_by(optimizer)
     mine.held = frozenset([id(p) for p in params])
     states = _states(params)
-    if facts.nonfinite is not None and "nonfinite" in states:
-        facts.nonfinite.steps += 1
+    if "nonfinite" in states:
+        facts.nonfinite = facts.nonfinite or facts.passed  # a finite microbatch after it had let it pass
+        if facts.nonfinite is not None:
+            facts.nonfinite.steps += 1
     backwards = [b for b in facts.backwards if b.accumulates and not b.failed and b.seq > mine.last_step_seq]
     step = facts.steps
     unreached: Unreached | None = None
@@ -72,6 +75,8 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
             twin = pointers.setdefault(grad.data_ptr(), p)
             if twin is not p and twin.grad is not None and twin.grad.shape == grad.shape and facts.generation:
                 facts.aliased.setdefault((id(twin), id(p)), (step, stack))
+    if backwards:
+        note_strangers(tracer, mine, {key for b in backwards for key in b.leaves})
     if lost:
         _who_took_it(tracer, mine, lost, stack)
     same = [key for key, value in with_grad.items() if mine.last_grads.get(key) == value]

@@ -1,0 +1,8 @@
+"""Numbers that went wrong: NaN and infinity, gradients of exactly zero or close to it, edits that backward cannot see."""
+
+from __future__ import annotations
+
+from gradctl._explain.rules import Rule
+from gradctl._explain.rules.numbers import functions, growth, nonfinite, zeros
+
+RULES: list[Rule] = [*nonfinite.RULES, *growth.RULES, *zeros.RULES, *functions.RULES]
