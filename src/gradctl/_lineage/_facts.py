@@ -119,6 +119,8 @@ class ParameterFacts:
     last_reached: int = -1
     last_reached_seq: int = -1
     killers: dict[str, Any] = field(default_factory=dict)
+    requires_grad: bool = True
+    of_library: bool = False
 
 
 @dataclass(slots=True)

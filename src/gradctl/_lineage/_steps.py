@@ -53,6 +53,9 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     lost: list[tuple[Tensor, GradState]] = []
     for p, state in zip(params, states, strict=True):
         if not p.requires_grad and p.grad is None:
+            known = facts.parameters.get(id(p))
+            if known is not None:
+                known.requires_grad = False
             continue
         parameter = tracer.parameter(p)
         parameter.states.append((step, state))
