@@ -249,16 +249,17 @@ def _findings(
         return (), _of_first(first), ()
     if first is not None and failed_anew(first, second):
         return _from_crumbs(first, f"the traced run {_end(second)}, which the first one did not")
-    real = sum(1 for finding in second.findings if finding.severity != "note")
-    remarks = tuple(f"the tracer switched itself off: {fault}" for fault in second.faults)
+    remarks: tuple[str, ...] = ()
     if first is None and second.told.get("how") == "done":
-        remarks = (*remarks, f"the script was ended{_after(second)}")
-    if real:
-        error = second.error or (first.error if first else None)
-        if error is not None and not second.gradient_error and not (first and first.gradient_error):
-            remarks = (*remarks, f"the script itself ended with {_error(error)}")
-        return second.findings, (FINDINGS, "1 cause" if real == 1 else f"{real} causes"), remarks
-    return second.findings, _of_second(first, second), remarks if second.told.get("torch") else ()
+        remarks = (f"the script was ended{_after(second)}",)
+    real = sum(1 for finding in second.findings if finding.severity != "note")
+    if not real:
+        return second.findings, _of_second(first, second), remarks
+    remarks = (*remarks, *(f"the tracer switched itself off: {fault}" for fault in second.faults))
+    error = second.error or (first.error if first else None)
+    if error is not None and not second.gradient_error and not (first and first.gradient_error):
+        remarks = (*remarks, f"the script itself ended with {_error(error)}")
+    return second.findings, (FINDINGS, "1 cause" if real == 1 else f"{real} causes"), remarks
 
 
 def _from_crumbs(first: Ran, why: str) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
