@@ -16,7 +16,8 @@ from gradctl._lineage._numbers import read_numbers
 DENSE = 3
 """Each of the first so many steps is looked at; later ones as far as their share of the time allows."""
 _SHARE = 0.01
-_TINY = 1e-30
+TINY = 1e-18
+_HUGE = 1e30
 
 
 def held_by(optimizer: Any) -> list[Tensor]:
@@ -33,8 +34,8 @@ class Held:
     Attributes:
         steps: how many it has made.
         lost: for a parameter (by position) that had a gradient before, the step at which it had none.
-        zero: for a position, the step since which its gradient is exactly zero (or below 1e-30).
-        bad: for a position, the step at which its gradient was first not finite.
+        zero: for a position, the step since which its gradient is exactly zero (or below 1e-18).
+        bad: for a position, the step at which its gradient was first not finite, or beyond 1e30.
         uncleared: the first step that used gradients of the step before, still uncleared.
         cleared: the first step before which the gradients of a backward were cleared.
         shared: the first step at which two parameters had the same memory as gradient.
@@ -90,12 +91,16 @@ class Held:
             self._spent += time.perf_counter() - now
         self.stepped_at = order
 
-    def never(self) -> list[int]:
-        """Return the positions of what requires a gradient and was never given one."""
+    def never(self, *, frozen: bool) -> list[int]:
+        """Return the positions of what was never given a gradient.
+
+        Args:
+            frozen: of what requires none, or of what requires one.
+        """
         return [
             position
             for position, ever in enumerate(self._ever)
-            if not ever and self._missing[position] and self._trained[position]
+            if not ever and self._missing[position] and self._trained[position] is not frozen
         ]
 
     def check(self, params: Sequence[Tensor] | None = None, *, fresh: bool = False) -> None:
@@ -114,9 +119,9 @@ class Held:
         for (position, _), size in zip(grads, largest([grad for _, grad in grads]), strict=True):
             if size is None:
                 continue
-            if size - size != 0.0:
+            if not size < _HUGE:
                 self.bad.setdefault(position, self.steps)
-            if size < _TINY:
+            if size < TINY:
                 self.zero.setdefault(position, self.steps)
             else:
                 self.zero.pop(position, None)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from gradctl._explain._held import largest
+from gradctl._explain._held import TINY, largest
 from gradctl._lineage._tracer import grad_fn_of
 
 _MARK = "gradctl_passed"
@@ -19,7 +19,6 @@ _REMEMBER = 64
 _EVERY = 16
 _DEEPEST = 4000
 _LEAST_PASSES = 3
-_TINY = 1e-30
 
 
 class Token:
@@ -100,7 +99,7 @@ class Passages:
                 known = Leaf(weakref.ref(leaf), tuple(leaf.shape), isinstance(leaf, Parameter))
                 self.leaves[id(leaf)] = known
             known.passes += 1
-            state = "ok" if size is None or _TINY < size < float("inf") else "zero" if size <= _TINY else "nonfinite"
+            state = "ok" if size is None or TINY < size < float("inf") else "zero" if size <= TINY else "nonfinite"
             if known.state != state:
                 both = (state, known.state)
                 known.state = state if not known.state else "nonfinite" if "nonfinite" in both else "ok"

@@ -294,7 +294,7 @@ class Sentinel:
             text = f"{_count(len(nobody), 'tensor')} with a gradient {verb} in no optimizer"
             shapes = {leaf.shape for leaf in nobody}
             for held in self._all():
-                never = [p for position in held.never() if (p := held.params[position]()) is not None]
+                never = [p for position in held.never(frozen=False) if (p := held.params[position]()) is not None]
                 if any(tuple(p.shape) in shapes for p in never):
                     found.append(Symptom("replaced", f"an optimizer holds others of the same shapes: {text}"))
             found.append(Symptom("not_in_optimizer", text, None, _named(leaf.name for leaf in nobody)))
@@ -322,13 +322,14 @@ def _of_optimizer(held: Held) -> list[Symptom]:
             shown = f": {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}" if names else ""
             found.append(Symptom(kind, f"{len(places)} of {_count(total, 'parameter')} {words}{shown}", step, names))
 
-    some("none", held.never(), f"got no gradient in {_count(held.steps, 'step')}", None)
+    some("none", held.never(frozen=False), f"got no gradient in {_count(held.steps, 'step')}", None)
+    some("frozen", held.never(frozen=True), "are held by an optimizer and frozen", None)
     if held.lost:
         step = min(held.lost.values())
         some("lost", held.lost, f"had a gradient and had none at step {step}", step)
     if held.zero:
         step = min(held.zero.values())
-        some("zero", held.zero, f"had a gradient of exactly zero from step {step} on", step)
+        some("zero", held.zero, f"had a gradient of zero from step {step} on", step)
     if held.bad:
         step = min(held.bad.values())
         some("nonfinite", held.bad, f"had a gradient that is not finite at step {step}", step)

@@ -10,6 +10,8 @@ from gradctl._results import Finding
 
 CERTAIN = 0.8
 """The least confidence of a finding that ends the search for a cause."""
+HARMLESS = frozenset({"left_autograd", "frozen", "overwritten"})
+"""Symptoms that are none by themselves: a program may well mean what was seen."""
 
 _CUTS = frozenset(
     [
@@ -63,7 +65,8 @@ class Symptom:
 
     Args:
         kind: `grad_error` (torch refused), `none` (never a gradient), `lost` (no gradient any more), `zero`,
-            `nonfinite`, `not_in_optimizer`, `replaced`, `uncleared`, `cleared`, `live_graphs`, `left_autograd`.
+            `nonfinite`, `not_in_optimizer`, `replaced`, `uncleared`, `cleared`, `live_graphs`, `left_autograd`,
+            `frozen` (held by an optimizer, and frozen), `overwritten` (the program writes `.grad` itself).
         text: the same in words, with a number.
         step: at which optimizer step it began, counted from 1; None where that is not known.
         parameters: FQNs of the parameters concerned, as far as anything names them.

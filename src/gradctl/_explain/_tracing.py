@@ -10,7 +10,7 @@ from typing import Any
 from gradctl._errors import UsageError
 from gradctl._explain._context import Context
 from gradctl._explain._rank import diagnose
-from gradctl._explain._symptoms import explained
+from gradctl._explain._symptoms import HARMLESS, explained
 from gradctl._lineage import Trace, Tracer
 from gradctl._names import NameBook
 from gradctl._results import Finding
@@ -191,10 +191,10 @@ class Tracing:
         settled = bool(before) and before[-1] == key
         self._judged[steps] = key
         self._found = findings
-        wanted = [symptom for symptom in self._symptoms if symptom["kind"] != "left_autograd"]
+        wanted = [symptom for symptom in self._symptoms if symptom["kind"] not in HARMLESS]
         if wanted:
             return settled and all(explained(symptom, findings) for symptom in wanted)
-        # A value that left autograd is no harm by itself: when nothing is missing for it by now, it was meant to.
+        # When nothing is missing for what was seen by now, it was meant.
         return settled and steps >= self._earliest() + _HARMLESS_AFTER
 
     def _earliest(self) -> int:
