@@ -13,7 +13,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from gradctl._explain._raised import Raised
-from gradctl._explain._source import Source, binds, container_of, parsed, reads, statements, value_of_binding
+from gradctl._explain._source import (
+    Source,
+    binds,
+    class_sources,
+    container_of,
+    parsed,
+    reads,
+    statements,
+    value_of_binding,
+)
 from gradctl._lineage import Node, Site, site
 
 
@@ -102,19 +111,10 @@ def stored_at(holder: Holder, node: Node | None, error: Raised) -> Site | None:
 def _scopes(holder: Holder, error: Raised) -> Iterator[tuple[Source, Any, str]]:
     """Yield the functions in which the holder may be filled."""
     if holder.owner is not None:
-        for cls in holder.owner.__mro__:
-            try:
-                filename = inspect.getsourcefile(cls)
-            except TypeError:
-                continue
-            source = parsed(filename) if filename is not None else None
-            if source is None or filename is None or cls.__module__.partition(".")[0] == "torch":
-                continue
-            for part in ast.walk(source.tree):
-                if isinstance(part, ast.ClassDef) and part.name == cls.__name__:
-                    for method in part.body:
-                        if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                            yield source, method, filename
+        for source, definition in class_sources(holder.owner):
+            for method in definition.body:
+                if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    yield source, method, source.filename
     files = {entry[0].co_filename for entry in error.stack}
     for filename in files:
         source = parsed(filename)

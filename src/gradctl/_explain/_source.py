@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import linecache
 from collections.abc import Iterator, Sequence
 from types import CodeType
+from typing import Any
 
-from gradctl._lineage import site
+from gradctl._lineage import Site, site
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.Module
 Entry = tuple[CodeType, int]
@@ -84,6 +86,12 @@ class Source:
         """Return the class that a node stands in."""
         return next((above for above in self.up(node) if isinstance(above, ast.ClassDef)), None)
 
+    def class_named(self, qualname: str) -> ast.ClassDef | None:
+        """Return the class with that qualified name."""
+        name = qualname.rpartition(".")[2]
+        found = [node for node in ast.walk(self.tree) if isinstance(node, ast.ClassDef) and node.name == name]
+        return found[0] if found else None
+
     def loops(self, node: ast.AST) -> list[ast.stmt]:
         """Return the loops of the same function around a node, innermost first."""
         found: list[ast.stmt] = []
@@ -105,6 +113,38 @@ def parsed(filename: str) -> Source | None:
         return Source(ast.parse(text), filename)
     except (SyntaxError, ValueError, RecursionError):
         return None
+
+
+def class_sources(cls: type) -> Iterator[tuple[Source, ast.ClassDef]]:
+    """Yield where a class, and what it derives from, are written; torch's own classes are left out."""
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        codes = [code for value in vars(base).values() if (code := code_of(value)) is not None]
+        for code in codes:
+            source = parsed(code.co_filename)
+            found = source.class_named(code.co_qualname.rpartition(".")[0]) if source is not None else None
+            if source is not None and found is not None:
+                yield source, found
+                break
+
+
+def code_of(value: Any) -> CodeType | None:
+    """Return the code of a function, method, static method or property; of what a decorator wraps."""
+    for name in ("__func__", "fget"):
+        value = getattr(value, name, None) or value
+    return getattr(inspect.unwrap(value) if callable(value) else value, "__code__", None)
+
+
+def attribute_line(cls: type, name: str) -> Site | None:
+    """Return the line of a class, or of one that it derives from, that gives `self.name` a value first."""
+    for source, definition in class_sources(cls):
+        for method in definition.body:
+            if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for statement in statements(method):
+                    if f"self.{name}" in binds(statement) and value_of_binding(statement) is not None:
+                        return Site(source.filename, statement.lineno, f"{cls.__qualname__}.{method.name}")
+    return None
 
 
 def source_of(entry: Entry) -> Source | None:

@@ -20,7 +20,7 @@ from gradctl._lineage._facts import Placement
 from gradctl._lineage._frames import Frames
 from gradctl._lineage._mode import Mode
 from gradctl._lineage._node import Region
-from gradctl._lineage._tracer import Tracer, grad_fn_of
+from gradctl._lineage._tracer import Tracer, grad_fn_of, open_regions
 
 
 class Trace:
@@ -83,6 +83,7 @@ class Trace:
         if not self._running:
             return
         self._running = False
+        open_regions(self.tracer.here)
         self.tracer.disabled = True
         mode, self._mode = self._mode, None
         depth = private.get("function_mode_depth")()
@@ -323,7 +324,9 @@ def _placement(tracer: Tracer, owner: Any, name: str, value: Any, slots: Any, st
 def _inference_region(frames: Frames) -> Region:
     """Return the stretch that begins now, and whether a decorator of the user or a library began it."""
     region = Region("inference", frames.stack())
-    frame: Any = sys._getframe(2)
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_GRADCTL) or frame.f_code.co_filename.endswith("autograd/grad_mode.py"):
+        frame = frame.f_back
     if frames.is_user(frame.f_code.co_filename):
         return region
     region.library = "library"

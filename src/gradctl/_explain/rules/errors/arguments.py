@@ -94,7 +94,7 @@ def retain_grad_on_constant(context: Context) -> Iterable[Candidate]:
     cut = None
     if node is not None:
         found = sufficient_breaks([node])
-        cut = describe(found[0], alive=frozenset(error.facts.frames)) if found and error.facts is not None else None
+        cut = describe(found[0]) if found else None
     where, why = (cut.place, cut.why) if cut is not None else (error.here, "nothing that it was computed from requires a gradient")
     yield Candidate(
         "retain_grad_on_constant", where, "retain_grad() on a tensor without history",

@@ -11,9 +11,13 @@ from gradctl._explain._provenance import Carrier, carrier
 from gradctl._explain._raised import Raised, raised
 from gradctl._explain._source import source_of
 from gradctl._explain.rules import Rule
-from gradctl._lineage import FREED, NODE, ErrorFacts, Node, Site, Stack, grad_fn_of, site
+from gradctl._lineage import FREED, ErrorFacts, Node, Site, Stack, grad_fn_of, site
 
 _STORES = frozenset(["__setitem__", "copy_", "index_copy_", "index_put_", "scatter_", "masked_scatter_"])
+
+
+_Mark = tuple[int, Stack, int]
+"""The backward that freed a function: its generation, its user frames, its place in the order of events."""
 
 
 class _Edge(NamedTuple):
@@ -21,7 +25,7 @@ class _Edge(NamedTuple):
 
     consumer: Node
     producer: Node
-    mark: tuple[int, Stack, int]
+    mark: _Mark
 
 
 class Carried(NamedTuple):
@@ -53,15 +57,13 @@ def second_backward(context: Context) -> Iterable[Candidate]:
     if roots:
         yield _loss_again(error, facts, freed[roots[0]])
         return
-    edges = _edges(facts, freed)
-    if not edges:
-        return
-    later = [edge for edge in edges if edge.consumer.seq > edge.mark[2]]
+    later, beside = _edges(facts, freed)
     same_line = [edge for edge in later if edge.mark[1][:1] == backward.stack[:1]]
     if not later or (not same_line and not any(_wrapped(edge.consumer, edge.producer) for edge in later)):
-        yield _shared(error, edges[0])
+        for edge in (later or beside)[:1]:
+            yield _shared(error, edge)
         return
-    again = {(node.op, node.stack[:1]) for node in context.tracer.log.get(facts.backward.generation, ()) if facts.backward}
+    again = {(node.op, node.stack[:1]) for node in context.tracer.log.get(backward.generation, ())}
     wrapped = [
         edge for edge in later
         if _wrapped(edge.consumer, edge.producer) or (edge.producer.op, edge.producer.stack[:1]) in again
@@ -72,38 +74,50 @@ def second_backward(context: Context) -> Iterable[Candidate]:
         yield _once(error, later[0])
 
 
-def _edges(facts: ErrorFacts, freed: dict[Any, tuple[int, Stack, int]]) -> list[_Edge]:
-    """Return the uses of freed parts from parts that are not, in the order of making."""
-    found: list[_Edge] = []
-    hard = _in_need(freed)
+def _edges(facts: ErrorFacts, freed: dict[Any, _Mark]) -> tuple[list[_Edge], list[_Edge]]:
+    """Return what joins this graph to its freed part, in the order of making.
+
+    Returns:
+        Uses by operations that ran after the backward that freed it; and uses by functions that it did not free.
+    """
+    marks = _behind(facts, freed)
+    later: list[_Edge] = []
+    beside: list[_Edge] = []
     for function in facts.graph.nodes:
-        if function in freed:
-            continue
         consumer = facts.graph.site.get(function)
+        if consumer is None:
+            continue
         for following, _ in function.next_functions:
-            if following is None or following not in freed:
+            mark = marks.get(following)
+            producer = facts.graph.site.get(following) if mark is not None else None
+            if mark is None or producer is None:
                 continue
-            producer = following.metadata.get(NODE) or facts.graph.site.get(following)
-            if consumer is not None and producer is not None and following in hard:
-                found.append(_Edge(consumer, producer, freed[following]))
-    return sorted(found, key=lambda edge: edge.consumer.seq)
+            if producer.seq < mark[2] < consumer.seq:
+                later.append(_Edge(consumer, producer, mark))
+            elif function not in freed and following in freed:
+                beside.append(_Edge(consumer, producer, mark))
+    return sorted(later, key=lambda edge: edge.consumer.seq), sorted(beside, key=lambda edge: edge.consumer.seq)
 
 
-def _in_need(freed: dict[Any, tuple[int, Stack, int]]) -> set[Any]:
-    """Return the freed functions behind which something misses what it had saved: sums and views have saved nothing."""
-    missing = {function for function in freed if _misses(function)}
+def _behind(facts: ErrorFacts, freed: dict[Any, _Mark]) -> dict[Any, _Mark]:
+    """Return for each function the last backward that freed something behind it that it will miss.
+
+    Sums and views have saved nothing: to go through them twice does no harm.
+    """
     consumers: dict[Any, list[Any]] = {}
-    for function in freed:
+    for function in facts.graph.nodes:
         for following, _ in function.next_functions:
-            if following in freed:
+            if following is not None:
                 consumers.setdefault(following, []).append(function)
-    queue = list(missing)
+    found = {function: mark for function, mark in freed.items() if _misses(function)} or dict(freed)
+    queue = list(found)
     while queue:
-        for above in consumers.get(queue.pop(), ()):
-            if above not in missing:
-                missing.add(above)
+        function = queue.pop()
+        for above in consumers.get(function, ()):
+            if above not in found or found[above][2] < found[function][2]:
+                found[above] = found[function]
                 queue.append(above)
-    return missing or set(freed)
+    return found
 
 
 def _misses(function: Any) -> bool:
@@ -119,7 +133,7 @@ def _misses(function: Any) -> bool:
     return False
 
 
-def _loss_again(error: Raised, facts: ErrorFacts, mark: tuple[int, Stack, int]) -> Candidate:
+def _loss_again(error: Raised, facts: ErrorFacts, mark: _Mark) -> Candidate:
     root = facts.nodes[0]
     first, backward = place(mark[1]), place(facts.stack)
     again = mark[1][:1] == facts.stack[:1]

@@ -28,7 +28,6 @@ def input_not_in_graph(context: Context) -> Iterable[Candidate]:
     match = re.search(r"at index (\d+)", error.message)
     index = int(match.group(1)) if match is not None else None
     inputs = backward.inputs if index is None or index >= len(backward.inputs) else backward.inputs[index : index + 1]
-    alive = frozenset(error.facts.frames)
     behind = upstream(backward.roots)
     known = {id(node) for node in behind}
     for node in inputs:
@@ -36,10 +35,10 @@ def input_not_in_graph(context: Context) -> Iterable[Candidate]:
             if node.requires_grad:
                 continue
             lost = sufficient_breaks([node])
-            cut = describe(lost[0], alive=alive) if lost else None
+            cut = describe(lost[0]) if lost else None
             yield _not_used(error, cut, "the tensor does not require a gradient", node, 0.9 if cut else 0.75)
             return
-        cut = _cut_between(behind, node, alive)
+        cut = _cut_between(behind, node)
         if cut is not None:
             yield _not_used(error, cut, cut.why, node, 0.96)
             return
@@ -53,12 +52,12 @@ def input_not_in_graph(context: Context) -> Iterable[Candidate]:
             return
 
 
-def _cut_between(behind: Sequence[Node], node: Node, alive: frozenset[int]) -> Cut | None:
+def _cut_between(behind: Sequence[Node], node: Node) -> Cut | None:
     """Describe the first break through which values of `node`, but no history, reached the output."""
     for broken in breaks(behind):
         starts = [parent for parent, live in zip(broken.inputs, broken.live_inputs, strict=False) if live]
         if any(found is node for found in upstream(starts, live=True)):
-            return describe(broken, alive=alive)
+            return describe(broken)
     return None
 
 
@@ -87,6 +86,8 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
     groups: dict[Any, list[tuple[int, Node, str, Any]]] = {}
     for key, node in waiting:
         kind, evidence = _why(context, key, node, unreached)
+        if kind == "unused_output" and not evidence.live:
+            kind = "unused"  # the replica itself copies its parameters when it is made
         groups.setdefault((kind, node.stack[:1] if kind == "unused" else id(evidence)), []).append((key, node, kind, evidence))
     for group in groups.values():
         keys = tuple([key for key, *_ in group])
@@ -95,8 +96,8 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
         if kind == "unused_output" and isinstance(evidence, Node):
             slug, where = "unused_output", where_dropped(evidence) or evidence.site
             why = "what they compute is left out here, and never reaches the loss"
-        elif kind == "break" and isinstance(evidence, Node):
-            cut = describe(evidence)
+        elif kind == "break":
+            cut = describe(evidence[0])
             slug, where, why = cut.slug, cut.place, cut.why
         elif kind == "escape" and isinstance(evidence, Escape):
             slug, where, why = "item", place(evidence.stack), f"the value became a plain number through .{evidence.kind}()"

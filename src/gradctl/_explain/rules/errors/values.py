@@ -13,7 +13,7 @@ from gradctl._explain._context import Candidate, Context, place
 from gradctl._explain._literal import returned_number
 from gradctl._explain._provenance import number_source
 from gradctl._explain._raised import Raised, raised, value_in
-from gradctl._explain._source import binds, definitions, parsed, source_of, statements, value_of_binding
+from gradctl._explain._source import attribute_line, definitions, source_of
 from gradctl._explain.rules import Rule
 from gradctl._lineage import Escape, Site, site
 
@@ -133,28 +133,6 @@ def _hidden_in(module: Any) -> tuple[Site | None, str] | None:
                 where = attribute_line(type(part), name)
                 kind = type(value).__name__
                 return where, f"`self.{name}` is a plain {kind}, whose layers nobody registers: nn.ModuleList sees them"
-    return None
-
-
-def attribute_line(cls: type, name: str) -> Site | None:
-    """Return the line of a class, or of a class that it derives from, that assigns `self.name` first."""
-    import inspect
-
-    for base in cls.__mro__:
-        try:
-            filename = inspect.getsourcefile(base)
-        except TypeError:
-            continue
-        source = parsed(filename) if filename is not None else None
-        if source is None or filename is None:
-            continue
-        for node in ast.walk(source.tree):
-            if isinstance(node, ast.ClassDef) and node.name == base.__name__:
-                for method in node.body:
-                    if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                        for statement in statements(method):
-                            if f"self.{name}" in binds(statement) and value_of_binding(statement) is not None:
-                                return Site(filename, statement.lineno, f"{base.__qualname__}.{method.name}")
     return None
 
 
