@@ -101,8 +101,8 @@ class Context:
         return found
 
     def parameters(self) -> list[tuple[int, ParameterFacts]]:
-        """Return the leaves that are still alive."""
-        return [(key, facts) for key, facts in self.facts.parameters.items() if facts.ref() is not None]
+        """Return the leaves by their ids; most programs drop their model before they end, so they may be gone."""
+        return list(self.facts.parameters.items())
 
     def is_hand_written(self, parameter: ParameterFacts) -> bool:
         """Whether the program itself writes that parameter as it trains: an average of weights, a target network."""
@@ -130,9 +130,14 @@ class Context:
 
     def ids_on_path(self, candidate: Candidate) -> set[int]:
         """Return the ids of the leaves at which the path of a candidate begins."""
-        return {
-            id(tensor) for node in chain(candidate)[:1] if node.leaf and (tensor := node.tensor()) is not None
-        }
+        return {key for node in chain(candidate)[:1] if node.leaf and (key := self.key_of(node)) is not None}
+
+    def key_of(self, node: Node) -> int | None:
+        """Return the id of the leaf that a node stands for."""
+        tensor = node.tensor()
+        if tensor is not None:
+            return id(tensor)
+        return next((key for key, facts in self.facts.parameters.items() if facts.node is node), None)
 
     def span(self, place: Site, role: str = "") -> Span:
         """Return a place as findings write it: relative to the script's folder where it lies below it."""

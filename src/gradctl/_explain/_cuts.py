@@ -30,46 +30,41 @@ class Cut(NamedTuple):
     deliberate: float = 0.0
 
 
-def describe(node: Node, *, alive: frozenset[int] = frozenset()) -> Cut:
-    """Describe the break at a node.
-
-    Args:
-        node: a node that lost the history of an input.
-        alive: ids of the frames that are running, to tell a mode that was left on from one that still covers us.
-    """
+def describe(node: Node) -> Cut:
+    """Describe the break at a node that lost the history of an input."""
     assert node.cut is not None
-    return _KINDS[node.cut](node, alive)
+    return _KINDS[node.cut](node)
 
 
-def _detach(node: Node, alive: frozenset[int]) -> Cut:
+def _detach(node: Node) -> Cut:
     return Cut("detach", place(node.stack), ".detach() cuts the gradient here", _callers(node), 0.5)
 
 
-def _data(node: Node, alive: frozenset[int]) -> Cut:
+def _data(node: Node) -> Cut:
     return Cut("data", place(node.stack), ".data cuts the gradient here", _callers(node), 0.3)
 
 
-def _rewrap(node: Node, alive: frozenset[int]) -> Cut:
+def _rewrap(node: Node) -> Cut:
     why = f"torch.{node.op}() copies the numbers and drops their history"
     return Cut("rewrap_tensor", place(node.stack), why, _callers(node))
 
 
-def _variable(node: Node, alive: frozenset[int]) -> Cut:
+def _variable(node: Node) -> Cut:
     why = "Variable(x) starts a new leaf; the history of x is dropped"
     return Cut("rewrap_tensor", place(node.stack), why, _callers(node))
 
 
-def _parameter(node: Node, alive: frozenset[int]) -> Cut:
+def _parameter(node: Node) -> Cut:
     why = "nn.Parameter(x) starts a new leaf; the history of x is dropped"
     return Cut("parameter_wrap", place(node.stack), why, _callers(node), 0.1)
 
 
-def _constant(node: Node, alive: frozenset[int]) -> Cut:
+def _constant(node: Node) -> Cut:
     why = "torch.autograd.grad without create_graph=True returns a constant"
-    return Cut("missing_create_graph", place(node.stack), why, _callers(node), 0.2)
+    return Cut("missing_create_graph", keyword_line(place(node.stack), "create_graph"), why, _callers(node), 0.2)
 
 
-def _dtype(node: Node, alive: frozenset[int]) -> Cut:
+def _dtype(node: Node) -> Cut:
     here = place(node.stack)
     name = node.op.strip("_")
     kind = str(node.dtype).removeprefix("torch.")
@@ -82,19 +77,19 @@ def _dtype(node: Node, alive: frozenset[int]) -> Cut:
     return Cut("argmax", here, f"`{name}` gives {kind} indices, which carry no gradient", _callers(node), 0.3)
 
 
-def _operation(node: Node, alive: frozenset[int]) -> Cut:
+def _operation(node: Node) -> Cut:
     return Cut("nondiff_op", place(node.stack), f"`{node.op}` has no derivative", _callers(node), 0.2)
 
 
-def _grad_off(node: Node, alive: frozenset[int]) -> Cut:
+def _grad_off(node: Node) -> Cut:
     here = place(node.stack)
     region = node.region
     if region is None:
         return Cut("no_grad", here, f"gradients were off when `{node.op}` ran", (), 0.5)
-    return in_region(region, f"`{node.op.strip('_')}`", here, alive)
+    return in_region(region, f"`{node.op.strip('_')}`", here)
 
 
-def in_region(region: Region, what: str, where: Site | None, alive: frozenset[int] = frozenset()) -> Cut:
+def in_region(region: Region, what: str, where: Site | None) -> Cut:
     """Describe a stretch without gradients in which `what` ran at `where`."""
     entry = place(region.stack)
     ran = ((where, "ran here"),)
@@ -115,10 +110,10 @@ def in_region(region: Region, what: str, where: Site | None, alive: frozenset[in
         name = region.decorated.co_name
         why = f"all of {name}() runs without gradients, because of its decorator; {what} ran there"
         return Cut(slug, decorator_line(region.decorated), why, ((entry, "called"), *ran), 0.4)
-    if region.generator and region.open and entry is not None:
+    if region.left_on and region.generator:
         why = "a generator is suspended inside of this region, so that its caller runs without gradients"
         return Cut("grad_mode_left_off", entry, why, ran)
-    if region.kind == "no_grad" and region.open and not is_with_block(entry) and region.frame not in alive:
+    if region.left_on or (region.kind == "no_grad" and region.still_open and not is_with_block(entry)):
         return Cut(
             "grad_mode_left_off", entry, f"gradients were switched off here and never on again; {what} ran then", ran
         )
@@ -137,6 +132,19 @@ def is_with_block(entry: Site | None) -> bool:
         and any(item.context_expr.lineno <= entry.line <= (item.context_expr.end_lineno or 0) for item in node.items)
         for node in ast.walk(tree)
     )
+
+
+def keyword_line(where: Site | None, keyword: str) -> Site | None:
+    """Return the line of a keyword argument in the call that begins at a line; the line itself if there is none."""
+    tree = _tree(where.file) if where is not None else None
+    if where is None or tree is None:
+        return where
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.lineno <= where.line <= (node.end_lineno or node.lineno):
+            for argument in node.keywords:
+                if argument.arg == keyword:
+                    return where._replace(line=argument.value.lineno)
+    return where
 
 
 def decorator_line(code: CodeType) -> Site:
@@ -174,7 +182,7 @@ def _callers(node: Node) -> tuple[tuple[Site | None, str], ...]:
     return tuple((site(entry), "called from") for entry in node.stack[1:3])
 
 
-_KINDS: dict[str, Callable[[Node, frozenset[int]], Cut]] = {
+_KINDS: dict[str, Callable[[Node], Cut]] = {
     "detach": _detach,
     "data": _data,
     "rewrap": _rewrap,

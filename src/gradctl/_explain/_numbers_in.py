@@ -28,7 +28,7 @@ def number_escape(node: Node, escapes: Sequence[Escape]) -> tuple[Escape, float]
         found = number_source(entry, before)
         if found is not None:
             return found, 0.9
-    if before and not node.scalars:
+    if before and (not node.scalars or not node.inputs):
         places = {escape.stack[:1] for escape in before}
         if len(places) == 1:
             return before[-1], 0.6

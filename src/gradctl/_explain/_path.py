@@ -29,8 +29,9 @@ def path_line(context: Context, candidate: Candidate) -> str:
 
 
 def _word(context: Context, node: Node) -> str:
-    if node.leaf and (tensor := node.tensor()) is not None:
-        return context.name(id(tensor)) or f"leaf {list(tensor.shape)}"
+    if node.leaf:
+        key = context.key_of(node)
+        return (context.name(key) if key is not None else None) or f"leaf {list(node.shape)}"
     name = node.op.removesuffix(".__get__").removesuffix(".apply")
     name = _WORDS.get(name, name)
     return name.strip("_") or name

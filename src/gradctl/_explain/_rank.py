@@ -20,9 +20,13 @@ def diagnose(context: Context, *, notes: bool = False) -> list[Finding]:
     with context.looking():
         candidates = [candidate for rule in every_rule() for candidate in rule(context)]
         kept = _without_lesser(candidates)
-        shown = [c for c in kept if notes or (c.confidence >= THRESHOLD and c.severity != "note" and c.place is not None)]
+        shown = [
+            c for c in kept if notes or (c.confidence >= THRESHOLD and c.severity != "note" and c.place is not None)
+        ]
         shown.sort(key=lambda c: (c.severity == "note", -c.confidence, _FIRST.index(c.explains)))
-        context.name_all({key for c in shown for key in c.parameters} | {k for c in shown for k in context.ids_on_path(c)})
+        context.name_all(
+            {key for c in shown for key in c.parameters} | {k for c in shown for k in context.ids_on_path(c)}
+        )
         return [_finding(context, c) for c in shown]
 
 
@@ -32,7 +36,9 @@ def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:
         # What ended the program comes first; what follows from the same place is not said twice.
         best = max((c for c in candidates if c.explains == "error"), key=lambda c: c.confidence)
         candidates = [best] + [
-            c for c in candidates if c is not best and c.explains not in ("error", "none", "zero") and c.place != best.place
+            c
+            for c in candidates
+            if c is not best and c.explains not in ("error", "none", "zero") and c.place != best.place
         ]
     kept: list[Candidate] = []
     explained: set[int] = set()

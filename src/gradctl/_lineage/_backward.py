@@ -12,7 +12,7 @@ from gradctl._lineage._facts import BackwardFacts, ErrorFacts
 from gradctl._lineage._node import Node
 from gradctl._lineage._numbers import sizes_of
 from gradctl._lineage._probe import Probe
-from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
+from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of, open_regions
 from gradctl._lineage._walk import ADDITIONS, sum_of, upstream
 
 _HISTORY_EVERY = 3
@@ -160,7 +160,7 @@ class _Call:
         self.tracer.facts.error = ErrorFacts(
             error, "backward", self.facts.roots, tuple([False] * len(self.facts.roots)), self.facts.stack,
             backward=self.facts, graph=self.graph, grad_enabled=torch.is_grad_enabled(),
-            regions=(*state.off, *state.inference), frames=_frames(),
+            regions=open_regions(state),
         )  # fmt: skip
 
     def done(self, out: Any) -> None:
@@ -248,12 +248,8 @@ class _Call:
             if node.op != "autograd.grad" or node.cut != "constant" or not node.trainable:
                 continue
             mine: BackwardFacts = node.extra
-            behind = {id(n) for n in upstream(mine.roots)}
             wanted = {id(n) for n in mine.inputs}
-            related = [
-                other for other in with_history
-                if id(other) in behind or wanted & {id(n) for n in other.extra.inputs}
-            ]  # fmt: skip
+            related = [other for other in with_history if wanted & {id(n) for n in other.extra.inputs}]
             if related:
                 key = node.stack[:1]
                 entry = tracer.facts.lost_derivatives.setdefault(key, [node, self.facts.roots[0], 0, related[0]])
@@ -283,17 +279,6 @@ class _Call:
                     for mutation in edits.get(saved.untyped_storage()._cdata, ()):
                         if node is not None and mutation.seq > node.seq:
                             facts.data_edits.setdefault(mutation.stack[:1], (mutation, node, function.name()))
-
-
-def _frames() -> tuple[int, ...]:
-    import sys
-
-    found: list[int] = []
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        found.append(id(frame))
-        frame = frame.f_back
-    return tuple(found)
 
 
 def find_kept(tracer: Tracer) -> None:

@@ -266,7 +266,6 @@ class ErrorFacts:
     graph: Any = None
     grad_enabled: bool = True
     regions: tuple[Region, ...] = ()
-    frames: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from gradctl._lineage._facts import ErrorFacts, FlagChange
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import REWRAPS, Plan, plan_for
-from gradctl._lineage._tracer import Tracer, is_leaf
+from gradctl._lineage._tracer import Tracer, is_leaf, open_regions
 
 _TORCH_TENSORS = (Tensor, Parameter)
 
@@ -183,7 +183,7 @@ def note_failure(tracer: Tracer, error: BaseException, op: str, tensors: list[Te
         tracer.facts.error = ErrorFacts(
             error, op, tuple([tracer.node(tensor) for tensor in tensors]),
             tuple([tensor.is_inference() for tensor in tensors]), tracer.frames.stack(),
-            grad_enabled=torch.is_grad_enabled(), regions=(*state.off, *state.inference),
+            grad_enabled=torch.is_grad_enabled(), regions=open_regions(state),
         )  # fmt: skip
     except Exception as fault:
         tracer.disable(fault)
@@ -261,7 +261,8 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
             region.open = region.resumed = True
         else:
             region = Region("no_grad", tracer.frames.stack())
-            region.decorated, region.library, region.frame = decorated, library, id(frame)
+            region.decorated, region.library = decorated, library
+            region.frame = (id(frame), id(frame.f_code) if frame is not None else 0)
             region.generator = frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
         state.off.append(region)
     elif state.off:

@@ -26,20 +26,26 @@ class Region:
         stack: user frames at the entry.
         decorated: the decorated function's code, if a decorator entered it.
         library: what of torch entered it: "sample" (a distribution), "checkpoint", "optimizer", "function", or None.
-        frame: id of the user frame that entered it; the frame may be gone.
+        frame: id of the user frame that entered it and of its code; the frame may be gone.
         generator: whether that frame belongs to a generator.
         open: whether it has not been left yet.
+        still_open: whether it was open when a call failed, or when tracing ended.
+        left_on: whether it was so though the frame that entered it no longer ran.
         resumed: whether a later exit brought it back (a mode left in the wrong order).
     """
 
-    __slots__ = ("decorated", "frame", "generator", "kind", "library", "open", "resumed", "stack")
+    __slots__ = (
+        "decorated", "frame", "generator", "kind", "left_on", "library", "open", "resumed", "stack", "still_open",
+    )  # fmt: skip
 
     def __init__(self, kind: str, stack: Stack) -> None:
         self.kind = kind
         self.stack = stack
         self.decorated: Any = None
         self.library: str | None = None
-        self.frame = 0
+        self.frame = (0, 0)
+        self.still_open = False
+        self.left_on = False
         self.generator = False
         self.open = True
         self.resumed = False

@@ -216,8 +216,12 @@ class Tracer:
         """Return the facts of a leaf; new ones for a leaf not seen before."""
         found = self.facts.parameters.get(id(tensor))
         if found is None or found.ref() is not tensor:
+            if found is not None:
+                self.facts.parameters[-self.seq()] = found  # it is gone, and its id belongs to another one now
             found = ParameterFacts(weakref.ref(tensor), self.node(tensor), isinstance(tensor, Parameter))
+            found.of_library = bool(self.of_library.get(tensor))
             self.facts.parameters[id(tensor)] = found
+        found.requires_grad = tensor.requires_grad
         return found
 
     def escaped(self, tensor: Tensor, kind: str, result: Any, stack: Stack) -> None:
@@ -304,9 +308,14 @@ def is_leaf(tensor: Tensor) -> bool:
         return False
 
 
-def caller_of(filename_ends: tuple[str, ...]) -> Any:
-    """Return the nearest frame outward that does not lie in a file with one of these endings."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.endswith(filename_ends):
+def open_regions(state: ThreadState) -> tuple[Region, ...]:
+    """Return the regions of a thread that are open now, and note in them whether who entered them still runs."""
+    running: set[tuple[int, int]] = set()
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        running.add((id(frame), id(frame.f_code)))
         frame = frame.f_back
-    return frame
+    for region in state.off:
+        region.still_open = True
+        region.left_on = region.frame[0] != 0 and region.frame not in running
+    return (*state.off, *state.inference)

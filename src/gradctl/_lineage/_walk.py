@@ -142,15 +142,16 @@ class Unreached:
         self._escapes = escapes
         self._log = log
         self._behind: set[int] | None = None
-        self._cuts: dict[int, Node] | None = None
-        self._other: dict[int, Node] | None = None
+        self._cuts: dict[int, list[Node]] | None = None
+        self._other: dict[int, list[Node]] | None = None
         self._escaped: list[tuple[Escape, set[int]]] | None = None
 
     def why(self, leaf: Node) -> tuple[str, Any]:
         """Return the reason and its evidence.
 
         Returns:
-            ("break", Node): an operation that cut it; repairing it would reconnect the loss.
+            ("break", tuple of Node): operations that cut it, in the order of making; repairing one would reconnect the
+                loss, or, where no single repair would, all that lost it.
             ("connected", None): values and history reach it.
             ("escape", Escape): it left as a number or an array.
             ("unused_output", Node): the last value computed from it reaches no loss.
@@ -161,7 +162,7 @@ class Unreached:
         assert self._cuts is not None and self._behind is not None and self._other is not None
         found = self._cuts.get(id(leaf)) or self._other.get(id(leaf))
         if found is not None:
-            return "break", found
+            return "break", tuple(found)
         if id(leaf) in self._behind:
             return "connected", None
         if self._escaped is None:
@@ -187,4 +188,4 @@ class Unreached:
         for found, into in ((sufficient, self._cuts), (breaks(behind), self._other)):
             for node in found:
                 for leaf in live_leaves(node):
-                    into.setdefault(leaf, node)
+                    into.setdefault(leaf, []).append(node)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
 from torch.nn import Parameter
 
 from gradctl._explain._context import Candidate, Context, count, place
@@ -25,10 +24,9 @@ def no_history(context: Context) -> Iterable[Candidate]:
     roots = error.backward.roots if error.backward is not None else error.nodes
     if not roots:
         return
-    alive = frozenset(error.frames)
     found = False
     if not error.grad_enabled and error.regions:
-        yield _mode_is_off(context, error, roots, alive)
+        yield _mode_is_off(context, error, roots)
         found = True
     nodes = upstream(roots)
     frozen = _frozen(context, nodes, roots, error)
@@ -38,7 +36,7 @@ def no_history(context: Context) -> Iterable[Candidate]:
     wanted = _wanted(context)
     sufficient = sufficient_breaks(roots)
     for rank, node in enumerate(sufficient or breaks(nodes)):
-        cut = describe(node, alive=alive)
+        cut = describe(node)
         leaves = live_leaves(node)
         reaches = {key for key, facts in context.parameters() if id(facts.node) in leaves}
         confidence = 0.97 if sufficient else 0.8
@@ -63,9 +61,9 @@ def _candidate(
     )  # fmt: skip
 
 
-def _mode_is_off(context: Context, error: ErrorFacts, roots: Sequence[Node], alive: frozenset[int]) -> Candidate:
+def _mode_is_off(context: Context, error: ErrorFacts, roots: Sequence[Node]) -> Candidate:
     region = error.regions[-1]
-    cut = in_region(region, "backward()", place(error.stack), alive)
+    cut = in_region(region, "backward()", place(error.stack))
     return Candidate(
         cut.slug, cut.place, _SYMPTOM, f"gradients are off at the moment of backward(): {cut.why}",
         confidence=0.98, evidence=(*cut.evidence, (place(error.stack), "backward")), explains="error",
@@ -82,12 +80,12 @@ def _wanted(context: Context) -> set[int]:
 
 def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], error: ErrorFacts) -> Candidate | None:
     """Every parameter behind the loss is frozen: by whom."""
-    leaves = [node for node in nodes if node.leaf and not node.requires_grad and _is_parameter(node)]
-    if not leaves or any(node.leaf and node.requires_grad for node in nodes):
+    leaves = [node for node in nodes if node.leaf and not node.requires_grad and _is_parameter(context, node)]
+    ids = {key for node in leaves if (key := context.key_of(node)) is not None}
+    wanted = ids & _wanted(context)
+    if not ids or (not wanted and any(node.leaf and node.requires_grad for node in nodes)):
         return None
-    ids = {id(tensor) for node in leaves if (tensor := node.tensor()) is not None}
-    wanted = _wanted(context)
-    ids = ids & wanted or ids
+    ids = wanted or ids
     events = [event for event in context.facts.flags if event.tensor_id in ids and not event.to]
     trained = {key for key in ids if (facts := context.facts.parameters.get(key)) is not None and facts.reached}
     if not events:
@@ -102,7 +100,7 @@ def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], erro
     if trained:
         why += f"; {'it' if len(ids) == 1 else 'they'} had gradients in earlier steps"
     return Candidate(
-        "frozen_params", where, _SYMPTOM, why, confidence=0.96 if trained or ids & wanted else 0.85,
+        "frozen_params", where, _SYMPTOM, why, confidence=0.96 if trained or wanted else 0.85,
         evidence=(*evidence, (place(error.stack), "backward")), parameters=tuple(ids), root=roots[0], explains="error",
     )  # fmt: skip
 
@@ -114,9 +112,11 @@ def frozen_by(stack: Sequence[tuple[object, int]]) -> tuple[object, tuple[tuple[
     return chosen, tuple((p, "frozen") for p in places if p != chosen)
 
 
-def _is_parameter(node: Node) -> bool:
-    tensor: Tensor | None = node.tensor()
-    return isinstance(tensor, Parameter)
+def _is_parameter(context: Context, node: Node) -> bool:
+    tensor = node.tensor()
+    if tensor is not None:
+        return isinstance(tensor, Parameter)
+    return any(facts.node is node and facts.is_parameter for _, facts in context.parameters())
 
 
 def _escaped(context: Context, nodes: Sequence[Node], roots: Sequence[Node], error: ErrorFacts) -> Iterable[Candidate]:

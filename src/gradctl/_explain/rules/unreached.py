@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from gradctl._explain._context import Candidate, Context, count, place
@@ -34,8 +34,7 @@ def _missing(context: Context) -> list[_Missing]:
     for key, facts in context.parameters():
         if not facts.explained or context.is_hand_written(facts):
             continue
-        tensor = facts.ref()
-        if tensor is None or not tensor.requires_grad:
+        if not facts.requires_grad:
             continue
         step, kind, evidence = facts.explained[-1]
         if step < 0:
@@ -77,10 +76,11 @@ def cut_on_the_way(context: Context) -> Iterable[Candidate]:
     for missing in _missing(context):
         if missing.kind != "break":
             continue
-        cut = describe(missing.evidence)
+        node = _likeliest(context, missing.evidence)
+        cut = describe(node)
         key = (cut.slug, cut.place, missing.late)
         groups[key].append(missing)
-        cuts.setdefault(key, (cut, missing.evidence))
+        cuts.setdefault(key, (cut, node))
     for key, group in groups.items():
         cut, node = cuts[key]
         root = _root_of(context, node)
@@ -88,13 +88,40 @@ def cut_on_the_way(context: Context) -> Iterable[Candidate]:
         evidence = cut.evidence
         slug, where, why = cut.slug, cut.place, cut.why
         if forced is not None:
-            slug, where = "forced_requires_grad", place(forced.stack)
-            why = f"requires_grad=True makes the loss a new leaf, and lets backward() run; the cut is elsewhere: {cut.why}"
-            evidence = ((cut.place, "cut"), *cut.evidence)
+            slug = "forced_requires_grad"
+            why = f"{cut.why}; requires_grad=True only made a new leaf of the loss, which lets backward() run"
+            evidence = ((place(forced.stack), "forced"), *cut.evidence)
         yield Candidate(
             slug, where, _symptom(group), why, confidence=0.85 if group[0].late else 0.95,
             evidence=evidence, parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node, root=root,
         )  # fmt: skip
+
+
+def _likeliest(context: Context, nodes: Sequence[Node]) -> Node:
+    """Return the break that people did not mean: of several on different ways from a parameter to the loss.
+
+    A value that goes on through layers that train was on the main way; targets, masks and statistics are not.
+    """
+    if len(nodes) == 1:
+        return nodes[0]
+    root = _root_of(context, nodes[0])
+    behind = upstream([root]) if root is not None else []
+
+    def rank(node: Node) -> tuple[float, int]:
+        return describe(node).deliberate - 0.25 * _feeds_layers(node, behind), node.seq
+
+    return min(nodes, key=rank)
+
+
+def _feeds_layers(node: Node, nodes: Sequence[Node]) -> bool:
+    """Whether what a break gives is used together with a parameter that does get a gradient."""
+    cone = {id(node)}
+    for later in sorted((n for n in nodes if n.seq > node.seq), key=lambda n: n.seq):
+        if any(id(parent) in cone for parent in later.inputs):
+            cone.add(id(later))
+            if any(parent.leaf and live for parent, live in zip(later.inputs, later.live_inputs, strict=False)):
+                return True
+    return False
 
 
 def _root_of(context: Context, node: Node) -> Node | None:
@@ -161,7 +188,7 @@ def unused(context: Context) -> Iterable[Candidate]:
         nodes[key] = node
     for (slug, where), group in groups.items():
         node = nodes[slug, where]
-        benign = all(_of_library(context, m) or _routed(context, m) for m in group)
+        benign = all(m.facts.of_library or _routed(context, m) for m in group)
         if slug == "unused_param":
             why = "it is registered here, and nothing is ever computed from it"
         else:
@@ -172,11 +199,6 @@ def unused(context: Context) -> Iterable[Candidate]:
             evidence=tuple((site(entry), "computed" if node else "called from") for entry in (node.stack if node else group[0].facts.node.stack[1:])[:3]),
             parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node,
         )  # fmt: skip
-
-
-def _of_library(context: Context, missing: _Missing) -> bool:
-    tensor = missing.facts.ref()
-    return tensor is None or bool(context.tracer.of_library.get(tensor))
 
 
 def _routed(context: Context, missing: _Missing) -> bool:
@@ -267,7 +289,7 @@ def lost_derivative(context: Context) -> Iterable[Candidate]:
         leaves = {id(n) for n in upstream(node.inputs) if n.leaf}
         ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves and facts.is_parameter)
         yield Candidate(
-            "missing_create_graph", place(node.stack),
+            "missing_create_graph", describe(node).place,
             f"a derivative in the loss is a constant in {count(times, 'backward')}; every parameter gets a gradient, without its term",
             "torch.autograd.grad without create_graph=True returns a constant; the derivatives beside it are recorded",
             confidence=0.9, evidence=((place(other.stack), "recorded"), *((site(e), "called from") for e in node.stack[1:3])),
