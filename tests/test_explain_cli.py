@@ -496,8 +496,9 @@ def test_that_a_terminal_cannot_be_read_twice_is_said(home: Path) -> None:
         os.close(master)
         os.close(slave)
     assert process.returncode in (1, 4)
-    assert "this time it gets an empty input" in err
+    assert "traced, with an empty input instead of the terminal" in err
     assert "the traced run ended with EOFError" in " ".join(out.split())
+    assert "it reads from the terminal, and what is typed cannot be typed again" in " ".join(out.split())
 
 
 # ------------------------------------------------------------------------------------------------------ signals

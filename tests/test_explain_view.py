@@ -140,7 +140,8 @@ def test_crumbs_are_said_to_be_no_proof(folder: str) -> None:
 def test_prose_stays_within_the_width_and_keeps_its_words(folder: str, width: int) -> None:
     long = Finding(**{name: getattr(CUT, name) for name in CUT.__slots__} | {"why": "many words " * 30})
     lines = drawn(explanation(folder, long), width=width).splitlines()
-    assert all(len(line) <= width for line in lines if "gradctl cause" not in line and not re.match(" {12}f = ", line))
+    whole = re.compile(" {12}f = |.* [|] |.*gradctl cause")  # code and commands are to be copied
+    assert all(len(line) <= width for line in lines if not whole.match(line))
     assert " ".join(" ".join(lines).split()).count("many words") == 30
 
 
@@ -179,6 +180,24 @@ def test_a_file_that_is_not_there_costs_its_lines_only(folder: str) -> None:
     gone = Finding(slug="detach", severity="error", symptom="s", why="w", fix="f", primary=Span("gone.py", 3))
     text = drawn(explanation(folder, gone))
     assert "  cause     detach   gone.py:3\n  why       w\n" in text
+
+
+def test_a_cause_without_a_page_is_not_promised_one(folder: str) -> None:
+    new = Finding(slug="no_such_page", severity="error", symptom="s", why="w", fix="f", primary=Span("model.py", 3))
+    assert "gradctl cause" not in drawn(explanation(folder, new))
+
+
+def test_a_place_that_is_named_twice_is_shown_once(folder: str) -> None:
+    span = Span("train.py", 41, "called from")
+    twice = Finding(slug="detach", severity="error", symptom="s", why="w", fix="f", evidence=(span, span))
+    assert drawn(explanation(folder, twice)).count("train.py:41") == 1
+
+
+def test_a_long_line_is_cut_on_a_terminal_and_whole_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "wide.py").write_text("x = " + "1 + " * 60 + "1  # end\n", encoding="utf-8")
+    wide = Finding(slug="data", severity="error", symptom="s", why="w", fix="f", primary=Span("wide.py", 1))
+    assert "# end" in drawn(explanation(str(tmp_path), wide), width=80)
+    assert "# end" not in drawn(explanation(str(tmp_path), wide), width=80, terminal=True)
 
 
 def test_a_path_outside_the_folder_is_found_too(folder: str, tmp_path: Path) -> None:

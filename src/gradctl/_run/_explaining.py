@@ -26,12 +26,13 @@ from gradctl._run._stdin import Input
 
 _SHOWN_LINES = 30
 _AGAIN = (
-    "gradctl: {why} Running the script again, traced: what it does to files and services happens a second time "
+    "gradctl: {why} Running the script again, traced{how}: what it does to files and services happens a second time "
     "(--no-rerun forbids that)."
 )
 _WHY = "something may be wrong with the gradients."
 _ASKED = "nothing is wrong so far."
-_NO_TERMINAL = "gradctl: this time it gets an empty input: what was typed at the terminal cannot be typed again."
+_NO_TERMINAL = ", with an empty input instead of the terminal"
+_TYPED = "it reads from the terminal, and what is typed cannot be typed again: give it a file (... < answers.txt)"
 
 
 def explain(command: Sequence[str], script: str, options: Options) -> Explanation | None:
@@ -117,8 +118,10 @@ class _Stages:
         finally:
             self._input.close()
         found = _outcome.conclude(display_name(self._script), first, second, self._options)
-        if second is not None and second.output and second.code >= 0 and _outcome.failed_anew(first, second):
+        if second is not None and second.code >= 0 and _outcome.failed_anew(first, second):
             _show_end(second.output)
+            if self._input.kind == "terminal" and second.error is not None and second.error["type"] == "EOFError":
+                found = replace(found, remarks=(*found.remarks, _TYPED))
         return self._place.merged(found)
 
     def _first(self) -> Ran:
@@ -178,9 +181,8 @@ class _Stages:
 
     def _announce(self, why: str) -> None:
         if self._place.rank.rank == 0:
-            print(_AGAIN.format(why=why), file=sys.stderr)
-            if self._input.kind == "terminal":
-                print(_NO_TERMINAL, file=sys.stderr)
+            how = _NO_TERMINAL if self._input.kind == "terminal" else ""
+            print(_AGAIN.format(why=why, how=how), file=sys.stderr)
 
 
 def _read(result: Path) -> dict[str, Any]:

@@ -87,6 +87,8 @@ class _Alone(Place):
         return found
 
     def environment(self, found: Mapping[str, str], *, again: bool) -> dict[str, str]:
+        if again and _AGENT_STORE in found:
+            return _with_store_of_its_own(found, _free_port())
         return dict(found)
 
 
@@ -146,12 +148,9 @@ class _Ranks(Place):
             return math.inf, rank
 
     def environment(self, found: Mapping[str, str], *, again: bool) -> dict[str, str]:
-        environment = dict(found)
-        if again and _PORT in environment:
-            # The store of the first run still holds its addresses: rank 0 is to open another one.
-            environment[_PORT] = self._exchange("port", _free_port(), seconds=None)[0]
-            environment[_AGENT_STORE] = "False"
-        return environment
+        if again and _PORT in found:
+            return _with_store_of_its_own(found, self._exchange("port", _free_port(), seconds=None)[0])
+        return dict(found)
 
     def _exchange(self, what: str, word: str, *, seconds: float | None) -> list[str]:
         """Say a word, wait until all ranks that are still there have said theirs, and return them."""
@@ -238,6 +237,11 @@ def _own_folder() -> Path:
     if found.st_uid != os.getuid() or base.is_symlink():
         raise RunDirectoryError(f"{base} belongs to somebody else", fix="name another place: TMPDIR=DIR")
     return base
+
+
+def _with_store_of_its_own(found: Mapping[str, str], port: str) -> dict[str, str]:
+    """Have rank 0 open a store of its own: that of the launcher still holds the addresses of the first run."""
+    return {**found, _PORT: port, _AGENT_STORE: "False"}
 
 
 def _free_port() -> str:

@@ -8,7 +8,9 @@ import os
 from rich.console import Console
 from rich.text import Text
 
+from gradctl._errors import GradctlError
 from gradctl._results import Explanation, Finding, Span
+from gradctl.report._cause import pages
 from gradctl.report._fqns import collapse
 from gradctl.report._lines import Lines
 
@@ -49,13 +51,20 @@ def draw(found: Explanation, *, console: Console) -> None:
             _note(lines, finding)
     for remark in found.remarks:
         _row(lines, "remark", remark, "yellow")
-    if real:
+    if real and _has_page(real[0].slug):
         lines.gap()
         lines.unbroken(f"  more about it: gradctl cause {real[0].slug}")
 
 
 def _says_more(found: Explanation) -> bool:
     return not found.sentence.endswith(("cause", "causes"))
+
+
+def _has_page(slug: str) -> bool:
+    try:
+        return slug in pages()
+    except GradctlError:
+        return False  # they are not installed; the finding stands without its page
 
 
 def _whole(lines: Lines, finding: Finding, found: Explanation) -> None:
@@ -73,7 +82,7 @@ def _whole(lines: Lines, finding: Finding, found: Explanation) -> None:
         _row(lines, "path", finding.path)
     _row(lines, "why", finding.why)
     _fix(lines, finding.fix)
-    for place, span in enumerate(finding.evidence[:SHORT]):
+    for place, span in enumerate(list(dict.fromkeys(finding.evidence))[:SHORT]):
         role = f"  {span.role}" if span.role else ""
         _row(lines, "see also" if place == 0 else "", f"{span}{role}", "dim")
 
@@ -125,7 +134,8 @@ def _source(lines: Lines, span: Span, folder: str) -> None:
         mark = ">" if marked else " "
         line = Text(f"     {mark} {number:>4} | {_code(lines, text)}", style="bold" if marked else "dim")
         line.rstrip()
-        line.truncate(lines.width)
+        if lines.is_terminal:
+            line.truncate(lines.width)
         lines.put(line)
     lines.gap()
 

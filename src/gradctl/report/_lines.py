@@ -22,6 +22,7 @@ class Lines:
         self._console = console
         self._encoding = console.encoding or "utf-8"
         self.width = max(NARROWEST, console.width)
+        self.is_terminal = console.is_terminal
 
     def clean(self, text: str) -> str:
         """Return `text` made harmless for this console."""
