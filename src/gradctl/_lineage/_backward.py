@@ -97,6 +97,7 @@ def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 tracer.disable(fault)
                 return inner(outputs, *args, **kwargs)
             state.silent += 1
+            state.engine += 1
             try:
                 out = inner(outputs, *args, **kwargs)
             except Exception as error:
@@ -104,6 +105,7 @@ def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 raise
             finally:
                 state.silent -= 1
+                state.engine -= 1
                 call.probe.detach()
             _guarded(tracer, call.done, out)
             return out
@@ -205,6 +207,7 @@ class _Call:
         if known is None:
             node = self.tracer.new("grad", ())
             node.extra = id(leaf)
+            node.grads = {id(leaf): node.seq}
             node.ref = self.tracer.map.set(grad, node)
 
     def _returned(self, out: Any) -> None:
@@ -214,10 +217,11 @@ class _Call:
         inputs = [tracer.node(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)]
         nodes = [*mine.roots, *inputs]
         live = [node.requires_grad for node in nodes]
-        for value in returned:
+        for position, value in enumerate(returned):
             if isinstance(value, Tensor):
                 node = tracer.made("autograd.grad", value, nodes, live, mine.stack)
                 node.extra = mine
+                node.grads = {id(self.inputs[position]): node.seq} if position < len(self.inputs) else None
                 if not mine.create_graph:
                     node.cut = "constant"
                     tracer.constants_made = tracer.facts.generation

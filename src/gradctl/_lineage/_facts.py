@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -72,11 +73,23 @@ class Placement(NamedTuple):
     seq: int
 
 
+class HookFacts(NamedTuple):
+    """A hook was registered on a tensor; `code` is that of the function. `after`: it runs when a leaf's gradient has been accumulated."""
+
+    tensor_id: int
+    node: Node
+    code: CodeType | None
+    after: bool
+    stack: Stack
+
+
 class GradEvent(NamedTuple):
     """Something other than backward touched a `.grad`.
 
     kind: "set" (assigned a tensor), "none" (assigned None), "edit" (changed in place), "zero_grad" (of an optimizer or
     module: the ids of the parameters in `ids`), "read".
+    sources: for "set" and "edit", whose gradients the new value (the other operands) came from, with the order of the
+    newest reading; None if unknown.
     """
 
     kind: str
@@ -86,6 +99,7 @@ class GradEvent(NamedTuple):
     generation: int
     seq: int
     value: int
+    sources: dict[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -125,7 +139,10 @@ class ParameterFacts:
 
 @dataclass(slots=True)
 class OptimizerFacts:
-    """An optimizer: where it was made, what it held at its last step."""
+    """An optimizer: where it was made, what it held at its last step.
+
+    `uncleared` lists steps, counted from 0, that used gradients which the step before had used already, and whose.
+    """
 
     ref: weakref.ref[Any]
     stack: Stack
@@ -138,8 +155,9 @@ class OptimizerFacts:
     last_step_stack: Stack = ()
     last_step_generation: int = -1
     step_seqs: deque[int] = field(default_factory=lambda: deque[int](maxlen=512))
-    uncleared: list[tuple[int, Stack]] = field(default_factory=list)
-    cleared_before_step: list[tuple[int, GradEvent, Stack]] = field(default_factory=list)
+    uncleared: list[tuple[int, Stack, frozenset[int]]] = field(
+        default_factory=list[tuple[int, Stack, frozenset[int]]]
+    )
 
 
 class Joining(NamedTuple):
@@ -207,6 +225,53 @@ class Stranger:
     born: int
     like: tuple[Any, ...]
     placed: int
+
+
+@dataclass(slots=True)
+class Taken:
+    """A line came between the last backward and the step, which therefore lacks gradients.
+
+    Attributes:
+        kind: "cleared", "zeroed" (an edit or assignment left zeros), "replaced" (by what does not come from the gradient
+            of this step), "discarded" (cleared before the next microbatch, at the same backward line).
+        event: the last such event.
+        optimizer: whose step it was.
+        stack: where that optimizer steps.
+        keys: ids of the leaves.
+        count: number of steps.
+        whole: number of steps of which no gradient was left.
+        at: the optimizer's own step numbers from 0, the last 50.
+    """
+
+    kind: str
+    event: GradEvent
+    optimizer: OptimizerFacts
+    stack: Stack
+    keys: set[int] = field(default_factory=set[int])
+    count: int = 0
+    whole: int = 0
+    at: list[int] = field(default_factory=list[int])
+
+
+@dataclass(slots=True)
+class Shared:
+    """Two parameters had gradients in the same memory at a step.
+
+    Attributes:
+        optimizer, stack: whose step, and where.
+        setting: the assignment that made them so, if one did.
+        edit, edits: the last change in place after the assignment, and at how many steps there was one.
+        added: at how many steps a backward had added to both.
+        count: number of steps.
+    """
+
+    optimizer: OptimizerFacts
+    stack: Stack
+    setting: GradEvent | None
+    edit: GradEvent | None = None
+    edits: int = 0
+    added: int = 0
+    count: int = 0
 
 
 @dataclass(slots=True)
@@ -347,12 +412,14 @@ class Facts:
     constants: dict[Any, Any] = field(default_factory=dict)
     data_edits: dict[Any, Any] = field(default_factory=dict)
     kept: dict[Any, Any] = field(default_factory=dict)
-    aliased: dict[Any, Any] = field(default_factory=dict)
     read_by_user: set[int] = field(default_factory=set)
     none_read: tuple[Node, bool, Stack] | None = None
     non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)
     registered: list[Placement] = field(default_factory=list[Placement])
     modules_set: list[Placement] = field(default_factory=list[Placement])
+    taken: dict[Any, Taken] = field(default_factory=dict[Any, Taken])
+    shared: dict[tuple[int, int], Shared] = field(default_factory=dict[tuple[int, int], Shared])
+    hooks: deque[HookFacts] = field(default_factory=lambda: deque[HookFacts](maxlen=500))
     strangers: dict[int, Stranger] = field(default_factory=dict[int, Stranger])
     differentiated: set[int] = field(default_factory=set[int])
     threads: int = 1

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
-from gradctl._lineage._facts import ErrorFacts, FlagChange
+from gradctl._lineage._facts import ErrorFacts, FlagChange, HookFacts
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import REWRAPS, Plan, plan_for
 from gradctl._lineage._tracer import Tracer, is_leaf, open_regions
+from gradctl._lineage._walk import sources_of
 
 _TORCH_TENSORS = (Tensor, Parameter)
 
@@ -46,6 +47,8 @@ class Mode(TorchFunctionMode):
             plan = self._plans[func] = plan_for(func, frozenset(HANDLERS))
         tracer, state = self._tracer, self._state
         if state.silent or tracer.blind():
+            if state.engine and (plan.in_place or plan.name in _OF_GRADIENTS) and not tracer.blind():
+                return _in_hook(tracer, plan, func, args, kwargs)
             return func(*args, **kwargs)
         if plan.kind == "pass":
             try:
@@ -291,7 +294,8 @@ def _data_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         parameter.hand_written += 1
     owner = tracer.map.get(args[0])
     if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
-        tracer.grad_event("edit", [owner.extra], "data.__set__", tracer.frames.stack())
+        sources = sources_of(tracer.map.get(args[1])) if len(args) > 1 else None
+        tracer.grad_event("edit", [owner.extra], "data.__set__", tracer.frames.stack(), sources=sources)
 
 
 def _flag_changed(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
@@ -317,24 +321,18 @@ _flag_changed.before = lambda tracer, args: args[0].requires_grad  # type: ignor
 
 def _grad_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
     tensor = args[0]
-    frame: Any = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.endswith(("_mode.py", "overrides.py")):
-        frame = frame.f_back
-    if frame is None or not tracer.frames.is_user(frame.f_code.co_filename):
-        return
+    frame = _caller()
+    user = frame is not None and tracer.frames.is_user(frame.f_code.co_filename)
     facts = tracer.facts
-    facts.read_by_user.add(id(tensor))
-    stack = tracer.frames.stack()
     if out is not None:
         known = tracer.map.get(out)
-        node = tracer.new("grad", stack)
-        node.extra = id(tensor)
-        node.shape, node.dtype = tuple(out.shape), out.dtype
-        if known is not None and known.op != "grad":
-            node.inputs, node.live_inputs = known.inputs, known.live_inputs
-            node.trainable = known.trainable
-        node.ref = tracer.map.set(out, node)
-    elif facts.generation > 0 and tensor.requires_grad:
+        if user or known is None or known.op != "grad":
+            is_gradient(tracer, tensor, out, known, tracer.frames.stack())
+    if not user:
+        return
+    facts.read_by_user.add(id(tensor))
+    if out is None and facts.generation > 0 and tensor.requires_grad:
+        stack = tracer.frames.stack()
         node = tracer.node(tensor)
         facts.none_read = (node, is_leaf(tensor), stack)
         if not is_leaf(tensor) and not tensor.retains_grad and len(facts.non_leaf_reads) < 100:
@@ -343,22 +341,79 @@ def _grad_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str
             tracer.explain_now(tensor)
 
 
+def is_gradient(tracer: Tracer, tensor: Tensor, grad: Tensor, known: Node | None, stack: Stack) -> None:
+    """Give the tensor that is the `.grad` of another its node."""
+    node = tracer.new("grad", stack)
+    node.extra = id(tensor)
+    node.grads = {id(tensor): node.seq}
+    node.shape, node.dtype = tuple(grad.shape), grad.dtype
+    if known is not None and known.op != "grad":
+        node.inputs, node.live_inputs = known.inputs, known.live_inputs
+        node.trainable = known.trainable
+    node.ref = tracer.map.set(grad, node)
+
+
+def _caller() -> Any:
+    frame: Any = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.endswith(("_mode.py", "overrides.py")):
+        frame = frame.f_back
+    return frame
+
+
 def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
     tensor, value = args[0], args[1] if len(args) > 1 else None
     if tracer.here.optimizer and not in_closure(tracer):
         return
-    frame: Any = inspect.currentframe()
-    while frame is not None and frame.f_code.co_filename.endswith(("_mode.py", "overrides.py")):
-        frame = frame.f_back
+    stack = tracer.frames.stack()
     if value is None:
-        tracer.grad_event("none", [id(tensor)], "grad.__set__", tracer.frames.stack())
-    else:
-        tracer.grad_event("set", [id(tensor)], "grad.__set__", tracer.frames.stack(), id(value))
+        tracer.grad_event("none", [id(tensor)], "grad.__set__", stack)
+        return
+    known = tracer.map.get(value)
+    frame = _caller()
+    user = frame is not None and tracer.frames.is_user(frame.f_code.co_filename)
+    sources = sources_of(known) if user else None
+    tracer.grad_event("set", [id(tensor)], "grad.__set__", stack, id(value), sources=sources)
+    is_gradient(tracer, tensor, value, known, stack)
 
 
 def _grad_deleted(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
     tracer.grad_event("none", [id(args[0])], "del .grad", tracer.frames.stack())
 
+
+def _hook_registered(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    hook = args[1] if len(args) > 1 else kwargs.get("hook")
+    stack = tracer.frames.stack()
+    while hook is not None and not hasattr(hook, "__code__"):
+        inner = getattr(hook, "__func__", None) or getattr(hook, "func", None) or getattr(type(hook), "__call__", None)
+        hook = inner if inner is not hook and hasattr(inner, "__code__") else None
+    tracer.facts.hooks.append(HookFacts(id(args[0]), tracer.node(args[0]), getattr(hook, "__code__", None), before, stack))
+
+
+def _hook_added(*, after: bool) -> Callable[..., Any]:
+    def registered(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+        _hook_registered(tracer, out, args, kwargs, after)
+
+    return registered
+
+
+def _in_hook(
+    tracer: Tracer, plan: Plan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Note what a hook does to gradients while the engine runs; all else there is not the program's forward."""
+    if plan.kind == "special":
+        return HANDLERS[plan.name](tracer, func, args, kwargs)
+    out = func(*args, **kwargs)
+    try:
+        for tensor in tensors_in(args[:1], {}):
+            owner = tracer.map.get(tensor)
+            if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
+                tracer.grad_event("edit", [owner.extra], plan.name, tracer.frames.stack())
+    except Exception as fault:
+        tracer.disable(fault)
+    return out
+
+
+_OF_GRADIENTS = frozenset({"grad.__get__", "grad.__set__", "grad.__delete__"})
 
 HANDLERS: dict[str, Callable[..., Any]] = {
     "_set_grad_enabled": _set_grad_enabled,
@@ -369,4 +424,6 @@ HANDLERS: dict[str, Callable[..., Any]] = {
     "grad.__get__": _looking(_grad_read),
     "grad.__set__": _looking(_grad_written),
     "grad.__delete__": _looking(_grad_deleted),
+    "register_hook": _looking(_hook_added(after=False)),
+    "register_post_accumulate_grad_hook": _looking(_hook_added(after=True)),
 }

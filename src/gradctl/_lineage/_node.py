@@ -71,11 +71,12 @@ class Node:
         storage: address of its storage's record, by which in-place changes are matched; 0 where it has none.
         ref: weak reference to the tensor.
         scalars: Python numbers among the arguments (used to find where a number came from).
+        grads: ids of the leaves whose `.grad` it was computed from, with the order of the newest reading; None for most.
         extra: further facts of single operations (`create_graph` of autograd.grad, the class of a custom Function...).
     """
 
     __slots__ = (
-        "__weakref__", "cut", "dtype", "extra", "generation", "inputs", "leaf", "live", "live_inputs", "op", "ref",
+        "__weakref__", "cut", "dtype", "extra", "generation", "grads", "inputs", "leaf", "live", "live_inputs", "op", "ref",
         "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
     )  # fmt: skip
 
@@ -100,6 +101,7 @@ class Node:
         self.scalars: tuple[Any, ...] = ()
         self.storage = 0
         self.extra: Any = None
+        self.grads: dict[int, int] | None = None
 
     @property
     def site(self) -> Site | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradctl._lineage._census import note_strangers
 from gradctl._lineage._facts import GradState, OptimizerFacts
 from gradctl._lineage._frames import Stack
+from gradctl._lineage._handover import CLEARS, COPIES, events_since, note_handover
 from gradctl._lineage._numbers import read_sizes
 from gradctl._lineage._tracer import Tracer
 from gradctl._lineage._walk import Unreached
@@ -49,8 +50,6 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     step = facts.steps
     unreached: Unreached | None = None
     with_grad: dict[int, int] = {}
-    pointers: dict[int, Tensor] = {}
-    lost: list[tuple[Tensor, GradState]] = []
     for p, state in zip(params, states, strict=True):
         if not p.requires_grad and p.grad is None:
             known = facts.parameters.get(id(p))
@@ -68,23 +67,15 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
                     unreached = Unreached(roots, tuple(facts.escapes), log)
                 kind, evidence = unreached.why(parameter.node)
                 parameter.explained.append((step, kind, evidence))
-            if p.requires_grad and parameter.last_reached >= (backwards[0].generation if backwards else 1 << 60):
-                lost.append((p, state))
             continue
         with_grad[id(p)] = id(grad)
-        if state == "zero" and parameter.norm and backwards and parameter.last_reached >= backwards[0].generation:
-            lost.append((p, state))
-        if grad.layout is torch.strided and grad.numel() and grad.device.type != "meta":
-            twin = pointers.setdefault(grad.data_ptr(), p)
-            if twin is not p and twin.grad is not None and twin.grad.shape == grad.shape and facts.generation:
-                facts.aliased.setdefault((id(twin), id(p)), (step, stack))
     if backwards:
         note_strangers(tracer, mine, {key for b in backwards for key in b.leaves})
-    if lost:
-        _who_took_it(tracer, mine, lost, stack)
-    same = [key for key, value in with_grad.items() if mine.last_grads.get(key) == value]
-    if same and backwards and not _cleared_since(tracer, mine, frozenset(same)):
-        mine.uncleared.append((step, stack))
+    note_handover(tracer, mine, params, states, backwards, stack)
+    same = {key for key, value in with_grad.items() if mine.last_grads.get(key) == value}
+    same = {key for key in same if facts.parameters[key].last_reached_seq > mine.last_step_seq}
+    if same and (left := same - _cleared_since(tracer, mine)):
+        mine.uncleared.append((mine.steps, stack, frozenset(left)))
         del mine.uncleared[:-_REMEMBER]
     mine.last_grads = with_grad
     mine.last_step_seq = tracer.seq()
@@ -120,34 +111,13 @@ def _states(params: list[Tensor]) -> list[GradState]:
     return states
 
 
-def _who_took_it(tracer: Tracer, mine: OptimizerFacts, lost: list[tuple[Tensor, GradState]], stack: Stack) -> None:
-    """Find the event that emptied gradients which a backward since the last step had filled."""
-    for event in reversed(tracer.facts.grad_events):
-        if event.seq < mine.last_step_seq:
-            break
-        hit = [p for p, _ in lost if id(p) in event.ids]
-        if hit and event.kind != "read":
-            for p in hit:
-                tracer.parameter(p).killers["taken"] = (event, 1 + tracer.parameter(p).killers.get("taken", (0, 0))[1])
-            mine.cleared_before_step.append((tracer.facts.steps, event, stack))
-            del mine.cleared_before_step[:-_REMEMBER]
-            lost = [(p, s) for p, s in lost if id(p) not in event.ids]
-            if not lost:
-                return
-    for p, _ in lost:
-        if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
-            tracer.parameter(p).killers["hook"] = (None, 1)
-
-
-def _cleared_since(tracer: Tracer, mine: OptimizerFacts, ids: frozenset[int]) -> bool:
-    for event in reversed(tracer.facts.grad_events):
-        if event.seq < mine.last_step_seq:
-            break
-        if event.ids & ids and (
-            event.kind in ("zero_grad", "none", "set") or event.op in ("zero_", "fill_", "_foreach_zero_", "copy_")
-        ):
-            return True
-    return False
+def _cleared_since(tracer: Tracer, mine: OptimizerFacts) -> set[int]:
+    """Return the leaves whose gradients were cleared, or written anew, after the last step."""
+    found: set[int] = set()
+    for event in events_since(tracer, mine.last_step_seq):
+        if event.kind in ("zero_grad", "none", "set") or event.op in CLEARS or event.op in COPIES:
+            found |= event.ids
+    return found
 
 
 def wrap_zero_grad(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -20,7 +20,7 @@ from gradctl._lineage._forward import ForwardCheck
 from gradctl._lineage._frames import Frames, Stack
 from gradctl._lineage._node import Node, Region, TensorMap
 from gradctl._lineage._operations import REWRAPS, VIEWS
-from gradctl._lineage._walk import Unreached
+from gradctl._lineage._walk import Unreached, sources_of
 
 _GENERATIONS = 2
 _WAITING = 4096
@@ -35,6 +35,7 @@ class ThreadState:
         off, suspended, inference, functions: open regions, innermost last; `suspended` are those that an
             `enable_grad` covers.
         optimizer: depth of optimizer steps (not counting closures), whose own operations are not the program's.
+        engine: depth of backwards that run now; hooks of the user may run in them.
         silent: depth of stretches that are not traced (the engine runs, or we look).
     """
 
@@ -45,6 +46,7 @@ class ThreadState:
         self.functions: list[Region] = []
         self.optimizer = 0
         self.silent = 0
+        self.engine = 0
 
     def region(self) -> Region | None:
         """The innermost stretch with gradients off."""
@@ -119,6 +121,8 @@ class Tracer:
         for parent, live in zip(node.inputs, node.live_inputs, strict=True):
             if parent.trainable:
                 node.trainable = True
+            if parent.grads is not None:
+                node.grads = _merged(node.grads, parent.grads)
             if not live and parent.generation < limit:
                 parent.inputs = ()  # bounds the memory of long chains of values
                 parent.live_inputs = ()
@@ -252,11 +256,13 @@ class Tracer:
                 )
             )  # fmt: skip
             if not optimizer:
-                self._by_hand(tensor, data, op, stack)
+                self._by_hand(tensor, data, op, stack, tensors)
+            elif op in ("zero_", "_foreach_zero_"):
+                self._edited(tensor, op, stack, ())  # an optimizer that clears its own gradients
             changed.append(tensor)
         return changed
 
-    def _by_hand(self, tensor: Tensor, data: int | None, op: str, stack: Stack) -> None:
+    def _by_hand(self, tensor: Tensor, data: int | None, op: str, stack: Stack, operands: Sequence[Tensor]) -> None:
         facts = self.facts
         for key in (id(tensor), data, None if tensor._base is None else id(tensor._base)):
             if key is None:
@@ -264,9 +270,28 @@ class Tracer:
             parameter = facts.parameters.get(key)
             if parameter is not None and facts.generation > 0:
                 parameter.hand_written += 1
-        owner = self.map.get(tensor) or (tensor._base is not None and self.map.get(tensor._base)) or None
-        if isinstance(owner, Node) and owner.op == "grad" and isinstance(owner.extra, int):
-            self.grad_event("edit", [owner.extra], op, stack)
+        self._edited(tensor, op, stack, operands)
+
+    def _edited(self, tensor: Tensor, op: str, stack: Stack, operands: Sequence[Tensor]) -> None:
+        """Note a change of a gradient in place, and whose gradients it was changed with."""
+        base = tensor._base
+        owner = self.map.get(tensor)
+        whole = base is None or base.numel() == tensor.numel()
+        if owner is None and base is not None:
+            owner = self.map.get(base)
+        if not isinstance(owner, Node) or owner.op != "grad" or not isinstance(owner.extra, int):
+            return
+        others: list[Tensor] = []
+        if op.startswith("_foreach_") and len(operands) > 1:
+            half = len(operands) // 2
+            others = [b for a, b in zip(operands[:half], operands[half:], strict=False) if a is tensor]
+        else:
+            others = [other for other in operands if other is not tensor]
+        sources: dict[int, int] | None = {}
+        for other in others:
+            found = sources_of(self.map.get(other))
+            sources = None if found is None or sources is None else {**sources, **found}
+        self.grad_event("edit", [owner.extra], op if whole else "__setitem__", stack, sources=sources)
 
     def explain_now(self, tensor: Tensor) -> None:
         """Note why a leaf has no gradient after the backwards of late, though no optimizer asks."""
@@ -277,11 +302,26 @@ class Tracer:
             unreached = Unreached(roots, tuple(self.facts.escapes), log)
             parameter.explained.append((-1, *unreached.why(parameter.node)))
 
-    def grad_event(self, kind: str, ids: Iterable[int], op: str, stack: Stack, value: int = 0) -> GradEvent:
+    def grad_event(
+        self,
+        kind: str,
+        ids: Iterable[int],
+        op: str,
+        stack: Stack,
+        value: int = 0,
+        *,
+        sources: dict[int, int] | None = None,
+    ) -> GradEvent:
         """Note that something other than backward touched a gradient."""
-        event = GradEvent(kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value)
+        event = GradEvent(kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value, sources)
         self.facts.grad_events.append(event)
         return event
+
+
+def _merged(mine: dict[int, int] | None, other: dict[int, int]) -> dict[int, int]:
+    if mine is None:
+        return other
+    return {**mine, **{key: seq for key, seq in other.items() if seq > mine.get(key, -1)}}
 
 
 def grad_fn_of(tensor: Tensor) -> Any:

@@ -65,8 +65,10 @@ def sufficient_breaks(roots: Sequence[Node]) -> list[Node]:
         seen.add(id(node))
         if node.lost:
             found.append(node)
-        if node.cut is None or (not node.lost and node.cut in ("grad_off", "inference")):
+        if node.cut is None:
             queue += node.inputs
+        elif node.cut in ("grad_off", "inference"):
+            queue += [parent for parent, live in zip(node.inputs, node.live_inputs, strict=False) if not live]
     return sorted(found, key=lambda node: node.seq)
 
 
@@ -159,14 +161,17 @@ class Unreached:
         """
         if self._behind is None:
             self._prepare()
-        assert self._cuts is not None and self._behind is not None and self._other is not None
+        assert self._cuts is not None
+        assert self._behind is not None
+        assert self._other is not None
         found = self._cuts.get(id(leaf)) or self._other.get(id(leaf))
         if found is not None:
             return "break", tuple(found)
         if id(leaf) in self._behind:
             return "connected", None
         if self._escaped is None:
-            self._escaped = [(escape, {id(n) for n in upstream([escape.node])}) for escape in self._escapes]
+            live = [escape for escape in self._escapes if escape.live or escape.kind in ("numpy", "__array__")]
+            self._escaped = [(escape, {id(n) for n in upstream([escape.node])}) for escape in live]
         for escape, behind in self._escaped:
             if id(leaf) in behind:
                 return "escape", escape
@@ -189,3 +194,23 @@ class Unreached:
             for node in found:
                 for leaf in live_leaves(node):
                     into.setdefault(leaf, []).append(node)
+
+
+_KNOWN = ("rand", "zeros", "ones", "full", "normal", "new_", "bernoulli", "arange", "eye", "linspace")
+_FILLS = ("normal_", "uniform_", "bernoulli_", "random_", "exponential_")
+_WALK = 200
+
+
+def sources_of(value: Node | None) -> dict[int, int] | None:
+    """Return whose gradients a value was computed from, with the order of the newest reading; None if that is unknown."""
+    if value is None:
+        return None
+    for node in upstream([value])[:_WALK]:
+        if node.inputs or node.grads:
+            continue
+        if node.leaf and node.trainable:
+            continue  # a weight
+        if node.op.startswith(_KNOWN) or node.op in _FILLS:
+            continue
+        return None
+    return dict(value.grads or {})

@@ -1,7 +1,0 @@
-"""Rules, to be written."""
-
-from __future__ import annotations
-
-from gradctl._explain.rules import Rule
-
-RULES: list[Rule] = []
