@@ -85,7 +85,9 @@ def _step(access: ast.Subscript | ast.Attribute, path: Path) -> Path | str | Non
     first, rest = path[0], path[1:]
     if isinstance(access, ast.Attribute):
         if isinstance(first, str):
-            return rest if first == access.attr else None if access.attr in ("items", "values", "get", "keys") else _LOST
+            return (
+                rest if first == access.attr else None if access.attr in ("items", "values", "get", "keys") else _LOST
+            )
         return None
     index = access.slice
     if isinstance(first, tuple):

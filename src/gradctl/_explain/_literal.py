@@ -24,7 +24,8 @@ def returned_number(error: Raised, number: Any) -> tuple[Site, str] | None:
     if source is None or statement is None:
         return None
     loss = next(
-        (part.value for part in ast.walk(statement) if isinstance(part, ast.Attribute) and part.attr == "backward"), None
+        (part.value for part in ast.walk(statement) if isinstance(part, ast.Attribute) and part.attr == "backward"),
+        None,
     )
     if loss is None:
         return None
@@ -107,8 +108,9 @@ def _function(frame: FrameType | None, called: ast.expr) -> tuple[CodeType, Sour
         value = value_in(frame, called)
     except LookupError:
         return None
-    forward = getattr(type(value), "forward", None)
-    value = inspect.unwrap(forward if forward is not None else value)
+    if not inspect.isroutine(value) and not isinstance(value, type):
+        value = getattr(type(value), "forward", None) or getattr(type(value), "__call__", value)
+    value = inspect.unwrap(value)
     code = getattr(getattr(value, "__func__", value), "__code__", None)
     if code is None:
         return None

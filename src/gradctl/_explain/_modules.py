@@ -24,7 +24,11 @@ def inplace_definition(context: Context, where: Site, module: Any = None) -> Sit
     lines: set[Site] = set()
     for placed in context.facts.modules_set:
         child = placed.value()
-        if not placed.stack or getattr(child, "inplace", False) is not True or (module is not None and child is not module):
+        if (
+            not placed.stack
+            or getattr(child, "inplace", False) is not True
+            or (module is not None and child is not module)
+        ):
             continue
         if f".{placed.name}(" in source(where):
             return None

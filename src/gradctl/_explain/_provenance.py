@@ -12,6 +12,7 @@ from gradctl._explain._source import (
     Source,
     base_name,
     binds,
+    container_of,
     definitions,
     parameters,
     reads,
@@ -32,11 +33,13 @@ class Carrier(NamedTuple):
         place: the line at which the carried value is read: where a local variable is passed on, or an attribute used.
         text: its name in the source.
         level: how many frames further out than the use that line is.
+        stored: the line that put it into a container by a method (`queue.append(x)`); None for what was assigned.
     """
 
     place: Site
     text: str
     level: int
+    stored: Site | None = None
 
 
 def carrier(use: Stack, made: Stack) -> Carrier | None:
@@ -57,29 +60,34 @@ def carrier(use: Stack, made: Stack) -> Carrier | None:
             looked_at = _passed(expression, wanted, source, use[level - 1]) or looked_at
         names, ends = _behind(source, statement, looked_at)
         for text in names:
-            if any(_carries(text, bound, entry, where) for bound, where in given):
-                return Carrier(site(entry), text, level)
+            for bound, where, stored in given:
+                if _carries(text, bound, entry, where):
+                    return Carrier(site(entry), text, level, stored)
         wanted = {base_name(text) for text in ends if base_name(text) in parameters(source.function(statement))}
         if not wanted:
             return None
     return None
 
 
-def _given(made: Stack) -> list[tuple[str, Entry]]:
-    """Return the places that hold a value made at `made`, in each frame that returned it."""
-    found: list[tuple[str, Entry]] = []
+def _given(made: Stack) -> list[tuple[str, Entry, Site | None]]:
+    """Return the places that hold a value made at `made`, in each frame that returned it, and what put it in there."""
+    found: list[tuple[str, Entry, Site | None]] = []
     for entry in made[:_DEEP]:
         source = source_of(entry)
         statement = source.statement(entry) if source is not None else None
         if source is None or statement is None:
             continue
-        known = binds(statement)
+        known = {text: _put(statement, text, entry) for text in binds(statement)}
         # What is assigned from it later in the same function holds it too.
         for later in statements(source.function(statement)):
             if later.lineno > statement.lineno and any(text in known for text in reads(later)):
-                known += [text for text in binds(later) if text not in known]
-        found += [(text, entry) for text in known]
+                known = {text: _put(later, text, entry) for text in binds(later)} | known
+        found += [(text, entry, stored) for text, stored in known.items()]
     return found
+
+
+def _put(statement: ast.stmt, text: str, entry: Entry) -> Site | None:
+    return site(entry)._replace(line=statement.lineno) if container_of(statement) == text else None
 
 
 def _behind(source: Source, statement: ast.stmt, texts: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -294,4 +302,3 @@ def where_dropped(node: Node) -> Site | None:
     from gradctl._explain._dropped import dropped_at
 
     return dropped_at(node.stack)
-

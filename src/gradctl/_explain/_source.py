@@ -17,7 +17,9 @@ Entry = tuple[CodeType, int]
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _LOOPS = (ast.For, ast.AsyncFor, ast.While)
-STORES = frozenset(["append", "add", "insert", "appendleft", "extend", "update", "setdefault", "push", "put", "put_nowait"])
+STORES = frozenset(
+    ["append", "add", "insert", "appendleft", "extend", "update", "setdefault", "push", "put", "put_nowait"]
+)
 """Methods of containers that keep their argument."""
 
 
@@ -38,7 +40,9 @@ class Source:
             for child in ast.iter_child_nodes(node):
                 self.parent[child] = node
             if isinstance(node, ast.expr):
-                self._at.setdefault((node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0), node)
+                self._at.setdefault(
+                    (node.lineno, node.col_offset, node.end_lineno or 0, node.end_col_offset or 0), node
+                )
 
     def up(self, node: ast.AST) -> Iterator[ast.AST]:
         """Yield what a node stands in, from near to far."""
@@ -187,7 +191,11 @@ def reads(node: ast.AST) -> list[str]:
         if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript)):
             text = text_of(part)
             if text is not None:
-                if isinstance(getattr(part, "ctx", None), ast.Load) and text not in ("self", "cls") and text not in found:
+                if (
+                    isinstance(getattr(part, "ctx", None), ast.Load)
+                    and text not in ("self", "cls")
+                    and text not in found
+                ):
                     found.append(text)
                 return
         if isinstance(part, ast.AugAssign):
@@ -205,7 +213,9 @@ def reads(node: ast.AST) -> list[str]:
 
 def heads(statement: ast.stmt) -> list[ast.AST]:
     """Return the expressions of a statement itself, without the statements in its body."""
-    return [child for child in ast.iter_child_nodes(statement) if isinstance(child, (ast.expr, ast.withitem, ast.keyword))]
+    return [
+        child for child in ast.iter_child_nodes(statement) if isinstance(child, (ast.expr, ast.withitem, ast.keyword))
+    ]
 
 
 def targets(statement: ast.stmt) -> list[ast.expr]:
@@ -236,13 +246,27 @@ def binds(statement: ast.stmt) -> list[str]:
 
 
 def container_of(statement: ast.stmt) -> str | None:
-    """Return the container into which a statement puts something by a method: `curve.append(x)`."""
-    if isinstance(statement, ast.Expr) and isinstance(call := statement.value, ast.Call):
-        if isinstance(call.func, ast.Attribute) and call.func.attr in STORES and (call.args or call.keywords):
-            return text_of(call.func.value) or (
-                text_of(call.func.value.value) if isinstance(call.func.value, ast.Subscript) else None
-            )
-    return None
+    """Return the container into which a statement puts something by a method: `curve.append(x)`.
+
+    Of a container in a container (`curves["loss"].append(x)`, `curves.setdefault(name, []).append(x)`) the outer one.
+    """
+    if not isinstance(statement, ast.Expr) or not isinstance(call := statement.value, ast.Call):
+        return None
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in STORES or not (call.args or call.keywords):
+        return None
+    held = call.func.value
+    while text_of(held) is None:
+        if isinstance(held, ast.Subscript):
+            held = held.value
+        elif (
+            isinstance(held, ast.Call)
+            and isinstance(held.func, ast.Attribute)
+            and held.func.attr in ("setdefault", "get")
+        ):
+            held = held.func.value
+        else:
+            return None
+    return text_of(held)
 
 
 def flat(target: ast.expr) -> list[ast.expr]:
@@ -260,7 +284,11 @@ def value_of_binding(statement: ast.stmt) -> ast.expr | None:
         return statement.value
     if isinstance(statement, (ast.For, ast.AsyncFor)):
         return statement.iter
-    if container_of(statement) is not None and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+    if (
+        container_of(statement) is not None
+        and isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Call)
+    ):
         return statement.value.args[-1] if statement.value.args else statement.value.keywords[-1].value
     return None
 

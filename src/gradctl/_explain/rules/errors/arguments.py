@@ -18,7 +18,34 @@ from gradctl._explain.rules import Rule
 from gradctl._lineage import Node, Site, sufficient_breaks
 
 _SCALINGS = frozenset(
-    ["mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply", "div", "__truediv__", "true_divide", "divide", "div_", "__itruediv__", "add", "__add__", "__radd__", "sub", "__sub__", "__rsub__", "neg", "__neg__", "to", "float", "double", "half", "clone", "contiguous"]
+    [
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "mul_",
+        "__imul__",
+        "multiply",
+        "div",
+        "__truediv__",
+        "true_divide",
+        "divide",
+        "div_",
+        "__itruediv__",
+        "add",
+        "__add__",
+        "__radd__",
+        "sub",
+        "__sub__",
+        "__rsub__",
+        "neg",
+        "__neg__",
+        "to",
+        "float",
+        "double",
+        "half",
+        "clone",
+        "contiguous",
+    ]
 )
 
 
@@ -57,7 +84,9 @@ def _unreduced(root: Node) -> Node:
 
 def int_requires_grad(context: Context) -> Iterable[Candidate]:
     """A tensor of whole numbers or booleans is asked to require a gradient."""
-    error = raised(context, "floating point and complex dtype can require gradients", "floating point dtype can require")
+    error = raised(
+        context, "floating point and complex dtype can require gradients", "floating point dtype can require"
+    )
     if error is None or error.here is None:
         return
     node = error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
@@ -95,7 +124,11 @@ def retain_grad_on_constant(context: Context) -> Iterable[Candidate]:
     if node is not None:
         found = sufficient_breaks([node])
         cut = describe(found[0]) if found else None
-    where, why = (cut.place, cut.why) if cut is not None else (error.here, "nothing that it was computed from requires a gradient")
+    where, why = (
+        (cut.place, cut.why)
+        if cut is not None
+        else (error.here, "nothing that it was computed from requires a gradient")
+    )
     yield Candidate(
         "retain_grad_on_constant", where, "retain_grad() on a tensor without history",
         f"its gradient cannot be kept, because no backward() passes it: {why}",
@@ -180,7 +213,9 @@ def _return_line(cls: Any, message: str) -> tuple[Site | None, Site | None]:
             defined = defined._replace(line=node.lineno)
             returns = [part for part in ast.walk(node) if isinstance(part, ast.Return)]
             counts = [len(r.value.elts) if isinstance(r.value, ast.Tuple) else 1 for r in returns]
-            wrong = [r for r, count in zip(returns, counts, strict=True) if got is not None and count == int(got.group(1))]
+            wrong = [
+                r for r, count in zip(returns, counts, strict=True) if got is not None and count == int(got.group(1))
+            ]
             chosen = (wrong or returns)[-1:]
             return (defined._replace(line=chosen[0].lineno) if chosen else defined), defined
     return defined, defined

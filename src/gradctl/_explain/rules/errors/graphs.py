@@ -219,6 +219,11 @@ def _carried(consumer: Node, producer: Node) -> Carried:
             ((consumer.site, "used"),), producer,
         )  # fmt: skip
     found = carrier(consumer.stack, producer.stack)
+    if found is not None and found.stored is not None and not _gathers(consumer, producer):
+        return Carried(
+            found.stored, f"`{found.text}` keeps live tensors: what is put in here is used at {_at(consumer)} a step later",
+            ((found.place, "used"), (producer.site, "made")), producer,
+        )  # fmt: skip
     if found is None:
         found = Carrier(consumer.site, "", 0) if consumer.site is not None else None
     if found is None:
@@ -228,6 +233,14 @@ def _carried(consumer: Node, producer: Node) -> Carried:
         found.place, f"{name} still holds what `{_word(producer)}` made in the step before (at {_at(producer)})",
         ((consumer.site, "used"), (producer.site, "made")), producer,
     )  # fmt: skip
+
+
+def _gathers(consumer: Node, producer: Node) -> bool:
+    """Whether the use takes values of this step from the same source too: then they are wanted, and the old ones left over."""
+    return any(
+        parent.op == producer.op and parent.stack[:1] == producer.stack[:1] and parent.generation > producer.generation
+        for parent in consumer.inputs
+    )
 
 
 def _wrapped(consumer: Node, producer: Node) -> bool:
@@ -285,7 +298,9 @@ def _at(node: Node) -> str:
 
 def _word(node: Node) -> str:
     name = node.op.removesuffix(".__get__").removesuffix(".apply")
-    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(name, name.strip("_") or name)
+    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(
+        name, name.strip("_") or name
+    )
 
 
 def _root(error: Raised) -> Node | None:

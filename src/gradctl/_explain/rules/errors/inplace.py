@@ -39,7 +39,10 @@ def inplace_saved(context: Context) -> Iterable[Candidate]:
     if where is not None and mutation.op in ("relu", "relu_", "dropout", "leaky_relu_", "elu_", "hardtanh_", "silu_"):
         defined = inplace_definition(context, where)
         if defined is not None:
-            where, why = defined, f"a module with inplace=True changed what `{_word(saver.op)}` had saved for its gradient"
+            where, why = (
+                defined,
+                f"a module with inplace=True changed what `{_word(saver.op)}` had saved for its gradient",
+            )
     yield Candidate(
         "inplace_saved", where, f"backward() refused: a tensor of shape {list(mutation.shape)} was changed in place",
         why, confidence=certainty,
@@ -91,7 +94,11 @@ def _savers(facts: ErrorFacts, message: str) -> list[Node]:
             except RuntimeError as refused:
                 text = str(refused)
                 if _MODIFIED in text:
-                    (same if _VERSIONS.findall(text) == _VERSIONS.findall(message) and text[:140] == message[:140] else alike).append(node)
+                    (
+                        same
+                        if _VERSIONS.findall(text) == _VERSIONS.findall(message) and text[:140] == message[:140]
+                        else alike
+                    ).append(node)
             except (AttributeError, TypeError):
                 continue
     return same or alike
@@ -110,7 +117,11 @@ def _overwritten(context: Context, savers: list[Node], message: str) -> tuple[Mu
             if tensor is not None and node.leaf:
                 storages.add(_storage(tensor))
         for mutation in mutations:
-            if mutation.storage in storages and mutation.seq > saver.seq and (expected is None or mutation.before >= expected):
+            if (
+                mutation.storage in storages
+                and mutation.seq > saver.seq
+                and (expected is None or mutation.before >= expected)
+            ):
                 if best is None or not best[2] or mutation.seq < best[0].seq:
                     best = (mutation, saver, True)
                 break
@@ -242,7 +253,9 @@ def _root(error: Raised) -> Node | None:
 
 def _word(op: str) -> str:
     name = op.removesuffix(".__get__").removesuffix(".apply")
-    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(name, name.strip("_") if not name.startswith("__i") else f"{name.strip('_')[1:]} in place")
+    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(
+        name, name.strip("_") if not name.startswith("__i") else f"{name.strip('_')[1:]} in place"
+    )
 
 
 RULES: list[Rule] = [inplace_saved, leaf_inplace, view_inplace, detach_view_inplace, inference_tensor]

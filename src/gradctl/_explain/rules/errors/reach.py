@@ -45,7 +45,9 @@ def input_not_in_graph(context: Context) -> Iterable[Candidate]:
         source = next((parent for parent in node.inputs if id(parent) in known), None)
         if source is not None and node.inputs:
             made = Cut("input_not_in_graph", node.site, "")
-            yield _not_used(error, made, "it is a copy: the output was computed from the tensor that it was made from", node, 0.9)
+            yield _not_used(
+                error, made, "it is a copy: the output was computed from the tensor that it was made from", node, 0.9
+            )
             return
         if id(node) not in known:
             yield _not_used(error, None, "nothing that the output was computed from is this tensor", node, 0.7)
@@ -88,7 +90,9 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
         kind, evidence = _why(context, key, node, unreached)
         if kind == "unused_output" and not evidence.live:
             kind = "unused"  # the replica itself copies its parameters when it is made
-        groups.setdefault((kind, node.stack[:1] if kind == "unused" else id(evidence)), []).append((key, node, kind, evidence))
+        groups.setdefault((kind, node.stack[:1] if kind == "unused" else id(evidence)), []).append(
+            (key, node, kind, evidence)
+        )
     for group in groups.values():
         keys = tuple([key for key, *_ in group])
         _, node, kind, evidence = group[0]
@@ -100,7 +104,11 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
             cut = describe(evidence[0])
             slug, where, why = cut.slug, cut.place, cut.why
         elif kind == "escape" and isinstance(evidence, Escape):
-            slug, where, why = "item", place(evidence.stack), f"the value became a plain number through .{evidence.kind}()"
+            slug, where, why = (
+                "item",
+                place(evidence.stack),
+                f"the value became a plain number through .{evidence.kind}()",
+            )
         yield Candidate(
             slug, where, f"DistributedDataParallel waits for {count(len(keys), 'gradient')} that never came",
             f"{count(len(keys), 'parameter')} had no part in the last backward: {why}",
@@ -112,7 +120,10 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
 
 def _without_gradient(context: Context, error: Raised) -> list[tuple[int, Node]]:
     """Return the parameters of the replica that the last backward did not reach."""
-    replica = next((found for frame, _ in reversed(error.frames) if (found := _replica(frame.f_locals.get("self"))) is not None), None)
+    replica = next(
+        (found for frame, _ in reversed(error.frames) if (found := _replica(frame.f_locals.get("self"))) is not None),
+        None,
+    )
     last = next((b for b in reversed(context.facts.backwards) if b.accumulates and not b.failed), None)
     if replica is None or last is None:
         return []

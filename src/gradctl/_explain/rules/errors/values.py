@@ -65,7 +65,12 @@ def none_gradient(context: Context) -> Iterable[Candidate]:
     if error is None or read is None or error.here is None or not isinstance(error.error, (TypeError, AttributeError)):
         return
     node, is_leaf, stack = read
-    if not stack or not error.stack or stack[0][0] is not error.stack[0][0] or abs(site(stack[0]).line - error.here.line) > 3:
+    if (
+        not stack
+        or not error.stack
+        or stack[0][0] is not error.stack[0][0]
+        or abs(site(stack[0]).line - error.here.line) > 3
+    ):
         return
     if is_leaf or not node.stack:
         return
@@ -118,7 +123,9 @@ def _why_empty(context: Context, error: Raised, frame: FrameType) -> tuple[Site 
         ids = {id(parameter) for parameter in module.parameters()}
         frozen = [event for event in context.facts.flags if event.tensor_id in ids and not event.to]
         if frozen and not any(parameter.requires_grad for parameter in module.parameters()):
-            return place(frozen[-1].stack), "every parameter was frozen here, and only those that require a gradient are taken"
+            return place(
+                frozen[-1].stack
+            ), "every parameter was frozen here, and only those that require a gradient are taken"
     return None
 
 
