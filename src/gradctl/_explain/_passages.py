@@ -83,7 +83,7 @@ class Passages:
             self.kept = max(self.kept, self.kept_now())
             for root in roots[:1]:
                 self._lay_token(root)
-        return _walk(roots) if look else ([], set())
+        return walk(roots) if look else ([], set())
 
     def ended(self, leaves: Sequence[Tensor]) -> None:
         """Look at the gradients that a backward has left.
@@ -140,7 +140,8 @@ class Passages:
             self._tokens.append(weakref.ref(token))
 
 
-def _walk(roots: Sequence[Any]) -> tuple[list[Tensor], set[Any]]:
+def walk(roots: Sequence[Any]) -> tuple[list[Tensor], set[Any]]:
+    """Return the leaves behind some graph functions, and every function behind them, these included."""
     seen: set[Any] = set(roots)
     stack = list(roots)
     leaves: list[Tensor] = []

@@ -7,11 +7,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from gradctl._errors import UsageError
 from gradctl._explain._context import Context
 from gradctl._explain._rank import diagnose
 from gradctl._explain._symptoms import HARMLESS, explained
 from gradctl._lineage import Trace, Tracer
+from gradctl._lineage._steps import before_step
 from gradctl._names import NameBook
 from gradctl._results import Finding
 
@@ -63,6 +67,7 @@ class Tracing:
         self._judged: dict[int, frozenset[Any]] = {}
         self._next_look = _FEWEST
         self._named = 0
+        self._asked = 0
         self._done = False
         self._found: list[Finding] | None = None
         self._trace = Trace(into=into, script=script, on_step=self._stepped)
@@ -135,6 +140,35 @@ class Tracing:
     def name(self, tensors: Mapping[int, str]) -> None:
         """Give leaves their names, by id, where the caller knows them."""
         self._context._names.update(tensors)
+
+    def ask(self, optimizer: Any) -> None:
+        """Look at the gradients of what an optimizer holds as if it were about to step, unless it has made steps.
+
+        Args:
+            optimizer: it.
+        """
+        tracer = self._trace.tracer
+        known = tracer.facts.optimizers.get(id(optimizer))
+        if tracer.disabled or (known is not None and known.ref() is optimizer and known.steps > self._asked):
+            return
+        self._asked += 1
+        with torch._C.DisableTorchFunction():
+            before_step(tracer, optimizer, tracer.frames.stack())
+
+    def ask_leaves(self, leaves: Sequence[Tensor]) -> None:
+        """Note why leaves have no gradient, for those that no optimizer was asked for.
+
+        Args:
+            leaves: the parameters of a model.
+        """
+        tracer = self._trace.tracer
+        if tracer.disabled:
+            return
+        held = self._context.held()
+        with torch._C.DisableTorchFunction():
+            for leaf in leaves:
+                if leaf.requires_grad and leaf.grad is None and id(leaf) not in held:
+                    tracer.explain_now(leaf)
 
     @property
     def context(self) -> Context:
