@@ -64,7 +64,7 @@ def test_a_file_gets_no_colours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("detatch", "detach"), ("DETACHED", "detach"), ("inplace", "inplace_saved")]
+    ("wrong", "meant"), [("detachh", "detach"), ("DETACHED", "detach"), ("inplace", "inplace_saved")]
 )
 def test_an_unknown_slug_is_answered_with_those_that_were_meant(
     capsys: pytest.CaptureFixture[str], wrong: str, meant: str

@@ -89,7 +89,11 @@ def settings(home: Path) -> dict[str, str]:
 
 def left_behind(home: Path) -> list[str]:
     """What lies in the directory of temporary files or was recorded here, torch's own folders left out."""
-    found = [name for name in os.listdir(home.parent / "tmp") if not name.startswith(("torchinductor", "torch_"))]
+    found = [
+        name
+        for name in os.listdir(home.parent / "tmp")
+        if not name.startswith(("torchinductor", "torch_", "torchelastic"))
+    ]
     return [*found, *(name for name in os.listdir(home) if name == "gradctl-runs")]
 
 
@@ -576,7 +580,7 @@ for step in range(6):
     optimizer.zero_grad()
     net(torch.randn(16, 4)).square().mean().backward()
     optimizer.step()
-print("rank", rank, "trained", flush=True)
+sys.stdout.write(f"rank {rank} trained\n")
 dist.destroy_process_group()
 """
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradctl")
