@@ -16,16 +16,17 @@ import gradctl
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {
-    "BackwardRefused", "BadJournal", "GradctlError", "NonFiniteGradient", "RunDirectoryError", "SwitchFailed",
-    "TornStep", "UnknownPolicyKey", "UsageError",
+    "BackwardRefused", "BadJournal", "BrokenGradients", "GradctlError", "NonFiniteGradient", "RunDirectoryError",
+    "SwitchFailed", "TornStep", "UnknownPolicyKey", "UsageError",
 }  # fmt: skip
-VALUES = {"Finding", "Journal"}
+VALUES = {"Finding", "Findings", "Journal"}
 WARNINGS = {"TornStepWarning"}
-VERBS = {"off", "is_off", "record"}
+VERBS = {"explain", "off", "is_off", "record", "watch"}
+MODULES = {"callbacks", "testing"}
 
 
 def test_public_names_are_frozen_and_sorted() -> None:
-    assert set(gradctl.__all__) == ERRORS | VALUES | VERBS | WARNINGS | {"__version__"}
+    assert set(gradctl.__all__) == ERRORS | VALUES | VERBS | WARNINGS | MODULES | {"__version__"}
     assert gradctl.__all__ == sorted(gradctl.__all__)
     assert dir(gradctl) == gradctl.__all__
 

@@ -1,6 +1,7 @@
 """The error tree.
 
 GradctlError (RuntimeError)          everything that gradctl raises on purpose
+  BrokenGradients                    the first steps of a training show an error in its gradients (on request)
   BackwardRefused                    a gradient was asked for while gradients are switched off
   SwitchFailed                       the process-wide switch could not be turned
   TornStep                           a step's forward overlapped a turn of the switch (strict mode)
@@ -54,6 +55,10 @@ def _rebuild(kind: type[GradctlError], headline: str, what: str | None, why: str
 
 class BackwardRefused(GradctlError):
     """A gradient was asked for while gradients are switched off for the process."""
+
+
+class BrokenGradients(GradctlError):
+    """The first steps of a training have shown an error in its gradients; training stopped there, when asked for."""
 
 
 class SwitchFailed(GradctlError):

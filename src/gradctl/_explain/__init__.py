@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from gradctl._explain._findings import Findings
 from gradctl._explain._sentinel import Sentinel
 from gradctl._explain._step import Examined, examine, explain
 from gradctl._explain._symptoms import Symptom
 from gradctl._explain._tracing import Tracing
 from gradctl._explain._watch import Watch, watch
 
-__all__ = ["Examined", "Findings", "Sentinel", "Symptom", "Tracing", "Watch", "examine", "explain", "watch"]
+__all__ = ["Examined", "Sentinel", "Symptom", "Tracing", "Watch", "examine", "explain", "watch"]

@@ -11,13 +11,12 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradctl._errors import UsageError
-from gradctl._explain._findings import Findings
 from gradctl._explain._held import held_by, largest
 from gradctl._explain._passages import walk
 from gradctl._lineage import Stack, site
 from gradctl._lineage._tracer import grad_fn_of
 from gradctl._names import NameBook
-from gradctl._results import Finding, Span
+from gradctl._results import Finding, Findings, Span
 
 _CALLABLE = (
     "a graph shows what a loss reaches, not the line that cut it: pass explain() a function that computes the loss"

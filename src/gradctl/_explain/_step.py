@@ -13,7 +13,6 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradctl._errors import UsageError
-from gradctl._explain._findings import Findings
 from gradctl._explain._gradient_errors import is_gradient_error
 from gradctl._explain._passages import walk
 from gradctl._explain._reach import of_graph
@@ -21,7 +20,7 @@ from gradctl._explain._tracing import Tracing
 from gradctl._explain._watch import check, folder, name_parameters, script
 from gradctl._lineage import Frames, ParameterFacts, site
 from gradctl._lineage._tracer import grad_fn_of
-from gradctl._results import Finding
+from gradctl._results import Finding, Findings
 
 _CALLS = 2
 

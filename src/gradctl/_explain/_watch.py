@@ -13,8 +13,8 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradctl._errors import UsageError
-from gradctl._explain._findings import Findings
 from gradctl._explain._tracing import Tracing
+from gradctl._results import Findings
 
 
 def watch(
@@ -113,7 +113,7 @@ class Watch:
 
     def stop(self) -> Findings:
         """Stop tracing, take everything back, and report; a second call only returns the findings."""
-        self._end(None)
+        self.end(None)
         return self.findings
 
     def __enter__(self) -> Watch:
@@ -122,16 +122,21 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end(error)
+        self.end(error)
 
     def _done(self) -> None:
-        self._end(None)
+        self.end(None)
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        self._end(error)
+        self.end(error)
 
-    def _end(self, error: BaseException | None) -> None:
+    def end(self, error: BaseException | None) -> None:
+        """Stop as `stop` does, and explain an error.
+
+        Args:
+            error: what ended the watched steps, or None.
+        """
         tracing = self._tracing
         if tracing is None or self._ended:
             return
