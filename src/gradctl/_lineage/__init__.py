@@ -6,7 +6,7 @@ tensor alive, replaces no result and never raises into the program.
 
 from __future__ import annotations
 
-from gradctl._lineage._backward import Graph, find_kept
+from gradctl._lineage._backward import Graph
 from gradctl._lineage._facts import (
     BackwardFacts,
     ErrorFacts,
@@ -14,10 +14,12 @@ from gradctl._lineage._facts import (
     Facts,
     FlagChange,
     GradEvent,
+    Held,
     Hidden,
     Hit,
     HookFacts,
     Joining,
+    Kept,
     Mutation,
     NonfiniteFacts,
     OptimizerFacts,
@@ -58,10 +60,12 @@ __all__ = [
     "Frames",
     "GradEvent",
     "Graph",
+    "Held",
     "Hidden",
     "Hit",
     "HookFacts",
     "Joining",
+    "Kept",
     "Mutation",
     "Node",
     "NonfiniteFacts",
@@ -78,7 +82,6 @@ __all__ = [
     "Tracer",
     "Unreached",
     "breaks",
-    "find_kept",
     "grad_fn_of",
     "live_leaves",
     "path",

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradctl._lineage._edits import watch_edits
 from gradctl._lineage._facts import BackwardFacts, ErrorFacts
+from gradctl._lineage._kept import find_kept
 from gradctl._lineage._node import Node
 from gradctl._lineage._numbers import sizes_of
 from gradctl._lineage._probe import Probe
@@ -106,7 +108,7 @@ def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             finally:
                 state.silent -= 1
                 state.engine -= 1
-                call.probe.detach()
+                call.detach()
             _guarded(tracer, call.done, out)
             return out
 
@@ -148,12 +150,18 @@ class _Call:
         facts.backwards.append(self.facts)
         if self.inputs:
             facts.differentiated.update([id(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)])
-        self._find_data_edits()
+        self.edits = watch_edits(tracer, self.graph)
         self.probe = Probe(tracer, self.graph, self.facts)
         if tracer.numerics and self.facts.accumulates and not self.facts.create_graph:
             tracer.forward.settle()
             self.facts.root_sizes = sizes_of(self.roots)
             self.probe.attach()
+
+    def detach(self) -> None:
+        """Take all hooks back."""
+        self.probe.detach()
+        for handle in self.edits:
+            handle.remove()
 
     def failed(self, error: BaseException) -> None:
         """Keep the graph: why it failed is asked when the findings are made."""
@@ -192,6 +200,7 @@ class _Call:
                 self._sum(root)
             self._derivatives()
             self.probe.read(leaves)
+            facts.step_at.append(facts.steps)
             facts.generation += 1
             while facts.escapes and facts.escapes[0].generation < facts.generation - 2:
                 facts.escapes.popleft()
@@ -258,62 +267,3 @@ class _Call:
                 key = node.stack[:1]
                 entry = tracer.facts.lost_derivatives.setdefault(key, [node, self.facts.roots[0], 0, related[0]])
                 entry[2] += 1
-
-    def _find_data_edits(self) -> None:
-        """Note values that were changed through `.data` after an operation of this graph had saved them."""
-        edits: dict[int, list[Any]] = {}
-        facts = self.tracer.facts
-        for mutation in reversed(facts.mutations):
-            if mutation.generation < facts.generation - 1:
-                break
-            if mutation.through_data and not mutation.in_optimizer:
-                edits.setdefault(mutation.storage, []).append(mutation)
-        if not edits:
-            return
-        for function in self.graph.nodes:
-            node = function.metadata.get(NODE) or self.graph.site.get(function)
-            for name in dir(function):
-                if not name.startswith("_saved_"):
-                    continue
-                try:
-                    saved = getattr(function, name)
-                except (RuntimeError, AttributeError):
-                    continue
-                if isinstance(saved, Tensor):
-                    for mutation in edits.get(saved.untyped_storage()._cdata, ()):
-                        if node is not None and mutation.seq > node.seq:
-                            facts.data_edits.setdefault(mutation.stack[:1], (mutation, node, function.name()))
-
-
-def find_kept(tracer: Tracer) -> None:
-    """Note values whose graphs of several generations are still alive, by the line that made them."""
-    groups: dict[Any, set[int]] = {}
-    example: dict[Any, Node] = {}
-    for _, node in tracer.map.items():
-        if not node.live or not node.stack:
-            continue
-        generations = {node.generation}
-        at = node
-        while True:
-            parents = [
-                parent
-                for parent, alive in zip(at.inputs, at.live_inputs, strict=False)
-                if alive
-                and parent.op == at.op
-                and parent.stack[:1] == at.stack[:1]
-                and parent.generation < at.generation
-            ]
-            if not parents:
-                break
-            at = parents[0]
-            generations.add(at.generation)
-        key = node.stack[:1]
-        groups.setdefault(key, set()).update(generations)
-        known = example.get(key)
-        if known is None or node.seq > known.seq:
-            example[key] = node
-    for key, generations in groups.items():
-        if len(generations) >= 3:
-            kept = tracer.facts.kept.get(key)
-            if kept is None or kept[1] < len(generations):
-                tracer.facts.kept[key] = (example[key], len(generations), tracer.facts.generation)

@@ -48,6 +48,14 @@ class Mutation(NamedTuple):
     tensor_id: int
 
 
+class DataEdit(NamedTuple):
+    """A value was changed through `.data`: in place (`op`), or by assigning to `.data`."""
+
+    op: str
+    stack: Stack
+    seq: int
+
+
 class FlagChange(NamedTuple):
     """`requires_grad` of a tensor was changed from outside."""
 
@@ -253,6 +261,38 @@ class Taken:
     at: list[int] = field(default_factory=list[int])
 
 
+class Held(NamedTuple):
+    """A container as the program names it: `curve` in the function `code`, `self.curve` of an `owner`."""
+
+    name: str
+    owner: type | None
+    code: CodeType | None
+    bounded: bool
+
+
+@dataclass(slots=True)
+class Kept:
+    """Values of one line whose graphs of several steps were alive at the same time.
+
+    Attributes:
+        node: the newest.
+        chained: whether one value holds them all (a running sum), not a container of values.
+        count: number of backwards whose graphs were alive.
+        oldest: generation of the oldest graph.
+        seen_at: generation when this was seen last.
+        grown: how often it was seen to have grown while nothing old was let go.
+        held: the container, if it was found.
+    """
+
+    node: Node
+    chained: bool
+    count: int = 0
+    oldest: int = 1 << 62
+    seen_at: int = 0
+    grown: int = 0
+    held: Held | None = None
+
+
 @dataclass(slots=True)
 class Shared:
     """Two parameters had gradients in the same memory at a step.
@@ -405,13 +445,16 @@ class Facts:
     passed: NonfiniteFacts | None = None
     recovered: int = 0
     exploded: NonfiniteFacts | None = None
-    hooks: list[tuple[Node, Any, Stack]] = field(default_factory=list["tuple[Node, Any, Stack]"])
+    over_one: dict[Any, list[Any]] = field(default_factory=dict[Any, "list[Any]"])
+    data_sets: deque[tuple[int, Stack, int]] = field(default_factory=lambda: deque(maxlen=1000))
     dead_terms: dict[Any, Any] = field(default_factory=dict)
     dead_numbers: dict[Any, Any] = field(default_factory=dict)
     lost_derivatives: dict[Any, Any] = field(default_factory=dict)
     constants: dict[Any, Any] = field(default_factory=dict)
     data_edits: dict[Any, Any] = field(default_factory=dict)
-    kept: dict[Any, Any] = field(default_factory=dict)
+    kept: dict[Any, Kept] = field(default_factory=dict[Any, Kept])
+    step_at: list[int] = field(default_factory=list[int])
+    searches: int = 0
     read_by_user: set[int] = field(default_factory=set)
     none_read: tuple[Node, bool, Stack] | None = None
     non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)

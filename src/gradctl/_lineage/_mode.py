@@ -16,6 +16,7 @@ from gradctl._lineage._facts import ErrorFacts, FlagChange, HookFacts
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import REWRAPS, Plan, plan_for
+from gradctl._lineage._single import NORMALISING, note_single
 from gradctl._lineage._tracer import Tracer, is_leaf, open_regions
 from gradctl._lineage._walk import sources_of
 
@@ -71,7 +72,11 @@ class Mode(TorchFunctionMode):
                 if not inside:
                     sources = tensors if plan.values == "all" else tensors[:1] if plan.values == "first" else []
                     inputs = [tracer.node(tensor) for tensor in sources]
-                    live = [tensor.requires_grad for tensor in sources]
+                    # A view made under no_grad says that it requires a gradient, and has no history of its own.
+                    live = [
+                        tensor.requires_grad and (node.live or node.leaf)
+                        for tensor, node in zip(sources, inputs, strict=True)
+                    ]
         except Exception as fault:
             tracer.disable(fault)
             return func(*args, **kwargs)
@@ -112,6 +117,8 @@ class Mode(TorchFunctionMode):
                         )
                     node.scalars = scalars
                     tracer.look(node, output, tensors)
+                    if plan.name in NORMALISING and node.live:
+                        note_single(tracer, node, args, kwargs)
         except Exception as fault:
             tracer.disable(fault)
         return out
@@ -289,6 +296,8 @@ def _data_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _data_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
+    if not tracer.here.optimizer:
+        tracer.facts.data_sets.append((id(args[0]), tracer.frames.stack(), tracer.seq()))
     parameter = tracer.facts.parameters.get(id(args[0]))
     if parameter is not None and tracer.facts.generation > 0 and not tracer.here.optimizer:
         parameter.hand_written += 1

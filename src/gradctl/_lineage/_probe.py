@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradctl import _torch_private as private
-from gradctl._lineage._facts import BackwardFacts, Hit, NonfiniteFacts
+from gradctl._lineage._facts import BackwardFacts, Hit, NonfiniteFacts, ParameterFacts
 from gradctl._lineage._node import Node
 from gradctl._lineage._numbers import (
     describe,
@@ -152,7 +152,7 @@ class Probe:
                 parameter = facts.parameters.get(id(leaf))
                 if parameter is not None:
                     parameter.norm = 1.0
-                    parameter.killers.clear()
+                    _forget(parameter, "ok")
             self._all_finite()
             return
         arrived, swallowers, first_broken = self._flow()
@@ -172,8 +172,7 @@ class Probe:
                 parameter = self._tracer.parameter(leaf)
             parameter.norm = value
             kind = kind_of(value)
-            for other in [key for key in parameter.killers if key in _RANK and key != kind]:
-                del parameter.killers[other]
+            _forget(parameter, kind)
             if kind in ("ok", "nonfinite"):
                 continue
             hits = [self._hit(kind, *edge) for edge in swallowers.get(function, ())]
@@ -313,6 +312,11 @@ class Probe:
                         node, 1 + (known[1] if known else 0), max(size, known[2] if known else 0.0)
                     )  # fmt: skip
         return tuple(sorted(sizes.values(), key=lambda entry: -entry[1])[:4])
+
+
+def _forget(parameter: ParameterFacts, kind: str) -> None:
+    for other in [key for key in parameter.killers if key in _RANK and key != kind]:
+        del parameter.killers[other]
 
 
 def _zero_where_broken(outgoing: Sequence[Tensor | None], incoming: Sequence[Tensor | None]) -> bool | None:

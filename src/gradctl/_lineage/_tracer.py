@@ -249,6 +249,8 @@ class Tracer:
                 continue
             base = tensor._base
             data = self.through_data.get(tensor)
+            if data is None and base is not None:
+                data = self.through_data.get(base)
             facts.mutations.append(
                 Mutation(
                     storage_of(tensor), tuple(tensor.shape), None if base is None else tuple(base.shape),

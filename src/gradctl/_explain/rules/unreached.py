@@ -89,6 +89,7 @@ def cut_on_the_way(context: Context) -> Iterable[Candidate]:
         slug, where, why = cut.slug, cut.place, cut.why
         if forced is not None:
             slug = "forced_requires_grad"
+            where = place(_nearest_cut(forced).stack) or where
             why = f"{cut.why}; requires_grad=True only made a new leaf of the loss, which lets backward() run"
             evidence = ((place(forced.stack), "forced"), *cut.evidence)
         yield Candidate(
@@ -140,6 +141,14 @@ def _forced(root: Node | None, node: Node) -> Node | None:
     return next((n for n in (*joins, *parts) if n.op == "requires_grad_forced"), None)
 
 
+def _nearest_cut(forced: Node) -> Node:
+    """Return the operation nearest to the loss whose output could not have had a history."""
+    at = forced
+    while at.inputs and at.cut is None:
+        at = at.inputs[0]
+    return at
+
+
 def left_as_a_number(context: Context) -> Iterable[Candidate]:
     """A value left as a Python number or an array, and only the number reaches the loss."""
     groups: dict[tuple[str, Site | None], list[_Missing]] = defaultdict(list)
@@ -152,7 +161,7 @@ def left_as_a_number(context: Context) -> Iterable[Candidate]:
         yield Candidate(
             slug, where, _symptom(group),
             f"{escape_words(escape)[1]} turns the value into plain data here, and only that reaches the loss",
-            confidence=0.9 if returned else 0.7, evidence=((returned, "came back"),),
+            confidence=0.9 if returned else 0.4, evidence=((returned, "came back"),),
             parameters=tuple(m.key for m in group), node=escape.node, leaf=group[0].facts.node,
         )  # fmt: skip
 

@@ -1,0 +1,130 @@
+"""Values whose graphs of past steps are still alive, and what holds them."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+from collections import deque
+from typing import Any
+
+from torch import Tensor
+
+from gradctl._lineage._facts import Held, Kept
+from gradctl._lineage._frames import Frames
+from gradctl._lineage._node import Node
+from gradctl._lineage._tracer import Tracer
+
+_FEWEST = 3
+_SEARCHES = 6
+_CONTAINERS = (list, dict, tuple, set, deque)
+
+
+def find_kept(tracer: Tracer) -> None:
+    """Note values whose graphs of several generations are still alive, by the line that made them."""
+    groups: dict[Any, dict[int, Node]] = {}
+    chains: dict[Any, set[int]] = {}
+    for _, node in tracer.map.items():
+        if not node.live or not node.stack or node.op == "grad":
+            continue
+        key = node.stack[:1]
+        groups.setdefault(key, {})[node.generation] = node
+        behind = _behind(node)
+        if len(behind) > len(chains.get(key, ())):
+            chains[key] = behind
+    for key, found in groups.items():
+        chain = chains[key]
+        generations = chain if len(chain) > len(found) else set(found)
+        if len(generations) >= _FEWEST:
+            _note(tracer, key, found[max(found)], generations, chained=len(chain) > len(found))
+
+
+def _behind(node: Node) -> set[int]:
+    """Return the generations of the same line that a value still reaches: a running sum, an average."""
+    found = {node.generation}
+    seen = {id(node)}
+    queue = [node]
+    while queue and len(found) < 1000:
+        at = queue.pop()
+        for parent, alive in zip(at.inputs, at.live_inputs, strict=False):
+            if alive and parent.stack[:1] == node.stack[:1] and id(parent) not in seen:
+                seen.add(id(parent))
+                found.add(parent.generation)
+                queue.append(parent)
+    return found
+
+
+def _note(tracer: Tracer, key: Any, node: Node, generations: set[int], *, chained: bool) -> None:
+    facts = tracer.facts
+    steps = {facts.step_at[g] for g in generations if g < len(facts.step_at)} if facts.steps else generations
+    if len(steps) < _FEWEST:
+        return
+    kept = facts.kept.get(key)
+    if kept is None:
+        kept = facts.kept[key] = Kept(node, chained)
+    elif min(generations) == kept.oldest and len(generations) > kept.count:
+        kept.grown += 1
+    elif min(generations) > kept.oldest:
+        kept.grown = 0  # what is old is let go: a window
+    kept.node, kept.chained = node, chained
+    kept.count, kept.oldest, kept.seen_at = len(generations), min(generations), facts.generation
+    if not chained and kept.held is None and facts.searches < _SEARCHES:
+        facts.searches += 1
+        tensor = node.tensor()
+        if tensor is not None:
+            kept.held = _holder(tensor, tracer.frames)
+
+
+def _holder(tensor: Tensor, frames: Frames) -> Held | None:
+    """Return the container that holds a tensor, by the name that a frame, a module or an object has for it."""
+    queue: list[tuple[Any, int]] = [(tensor, 0)]
+    seen: set[int] = {id(queue)}
+    stack = _user_frames(frames)
+    while queue:
+        held, depth = queue.pop(0)
+        for referrer in gc.get_referrers(held):
+            if id(referrer) in seen or not isinstance(referrer, _CONTAINERS) or referrer is stack:
+                continue
+            seen.add(id(referrer))
+            if "__builtins__" in referrer:
+                continue  # the globals of a module
+            name = _name_of(referrer, stack)
+            if name is not None:
+                return name
+            if depth < 2:
+                queue.append((referrer, depth + 1))
+    return None
+
+
+def _user_frames(frames: Frames) -> list[tuple[Any, dict[str, Any]]]:
+    found: list[tuple[Any, dict[str, Any]]] = []
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frames.is_user(frame.f_code.co_filename):
+            own = frame.f_locals
+            found.append((frame.f_code, dict(own)))
+            if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+                own.clear()  # the snapshot that asking made; it would hold what the function lets go
+        frame = frame.f_back
+    return found
+
+
+def _name_of(container: Any, stack: list[tuple[Any, dict[str, Any]]]) -> Held | None:
+    bounded = isinstance(container, deque) and container.maxlen is not None
+    for code, local in stack:
+        for name, value in local.items():
+            if value is container:
+                return Held(name, None, code, bounded)
+    for referrer in gc.get_referrers(container):
+        own = getattr(referrer, "__dict__", None)
+        if isinstance(own, dict) and not inspect.ismodule(referrer) and not isinstance(referrer, type):
+            for name, value in own.items():
+                if value is container:
+                    return Held(f"self.{name}", type(referrer), None, bounded)
+        if isinstance(referrer, dict):
+            for owner in gc.get_referrers(referrer):
+                if getattr(owner, "__dict__", None) is referrer and not isinstance(owner, type):
+                    name = next((n for n, value in referrer.items() if value is container), None)
+                    if name is not None and not inspect.ismodule(owner):
+                        return Held(f"self.{name}", type(owner), None, bounded)
+    return None
