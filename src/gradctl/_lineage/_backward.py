@@ -15,7 +15,7 @@ from gradctl._lineage._node import Node
 from gradctl._lineage._numbers import sizes_of
 from gradctl._lineage._probe import Probe
 from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of, open_regions
-from gradctl._lineage._walk import ADDITIONS, sum_of, upstream
+from gradctl._lineage._walk import ADDITIONS, meeting, sufficient_breaks, sum_of, upstream
 
 _HISTORY_EVERY = 3
 _HISTORY_LAST = 400
@@ -199,6 +199,7 @@ class _Call:
             for root in mine.roots:
                 self._sum(root)
             self._derivatives()
+            self._partial()
             self.probe.read(leaves)
             facts.step_at.append(facts.steps)
             facts.generation += 1
@@ -249,6 +250,23 @@ class _Call:
                 entry[2] += 1
                 if entry[2] <= 3 and facts.escapes:
                     entry[:] = [join, root, entry[2], tuple(facts.escapes)[-64:], self.facts.step]
+
+    def _partial(self) -> None:
+        """Note values that enter a loss as copies without history, and where they meet values that have one."""
+        tracer = self.tracer
+        copies = {id(node) for node in tracer.copies if node.generation == self.facts.generation}
+        if not copies:
+            return
+        found = [node for node in sufficient_breaks(self.facts.roots) if id(node) in copies]
+        if not found:
+            return
+        nodes = sorted(upstream(self.facts.roots), key=lambda node: node.seq)
+        for copy in found:
+            meets, words = meeting(copy, nodes)
+            if meets is None:
+                continue
+            entry = tracer.facts.partial_cuts.setdefault((copy.cut, copy.stack[:1]), [copy, self.facts, 0, meets, words])
+            entry[2] += 1
 
     def _derivatives(self) -> None:
         """Note derivatives without history in a loss that holds derivatives with history too."""

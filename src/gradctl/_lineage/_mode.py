@@ -354,7 +354,7 @@ def is_gradient(tracer: Tracer, tensor: Tensor, grad: Tensor, known: Node | None
     """Give the tensor that is the `.grad` of another its node."""
     node = tracer.new("grad", stack)
     node.extra = id(tensor)
-    node.grads = {id(tensor): node.seq}
+    node.grads = {**(known.grads or {} if known is not None else {}), id(tensor): node.seq}
     node.shape, node.dtype = tuple(grad.shape), grad.dtype
     if known is not None and known.op != "grad":
         node.inputs, node.live_inputs = known.inputs, known.live_inputs

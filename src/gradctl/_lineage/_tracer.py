@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -82,6 +83,7 @@ class Tracer:
         self.of_library = TensorMap()
         self.through_data = TensorMap()
         self.constants_made = -1
+        self.copies: deque[Node] = deque(maxlen=256)
         self.log: dict[int, list[Node]] = {0: []}
         self.faults: list[str] = []
         self.disabled = False
@@ -182,8 +184,12 @@ class Tracer:
                 node.cut = "detach"
             elif op == "data.__get__":
                 node.cut = "data"
+                if any_live:
+                    self.copies.append(node)
             elif op in REWRAPS:
                 node.cut = "rewrap"
+                if any_live:
+                    self.copies.append(node)
             elif not (dtype.is_floating_point or dtype.is_complex):
                 node.cut = "dtype"
                 if state.inference and torch.is_inference_mode_enabled():

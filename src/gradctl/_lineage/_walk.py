@@ -119,6 +119,28 @@ def sum_of(root: Node) -> tuple[list[Node], list[Node]]:
     return joins, parts
 
 
+def meeting(copy: Node, nodes: Sequence[Node]) -> tuple[Node | None, tuple[str, ...]]:
+    """Return the first operation that joins what came from a copy with a value that has a history.
+
+    Args:
+        copy: a value whose history was lost.
+        nodes: everything behind a loss, in the order of making.
+
+    Returns:
+        The operation, and the names of those between the copy and it.
+    """
+    cone = {id(copy)}
+    words: list[str] = []
+    for node in nodes:
+        if node.seq <= copy.seq or not any(id(parent) in cone for parent in node.inputs):
+            continue
+        if node.live:
+            return node, tuple(words)
+        cone.add(id(node))
+        words.append(node.op)
+    return None, tuple(words)
+
+
 def _is_small(node: Node) -> bool:
     return _numel(node) <= 1 or node.op in ("stack", "cat")
 

@@ -30,7 +30,8 @@ def factor(context: Context, key: int, hit: Hit, node: Node, name: str) -> Swall
     parameter = context.facts.parameters.get(leaf) if leaf is not None else None
     if parameter is not None and parameter.node.trainable:
         tensor = parameter.ref()
-        if tensor is not None and tensor.requires_grad and (parameter.norm or "ok" in [s for _, s in parameter.states]):
+        frozen = tensor is not None and not tensor.requires_grad
+        if not frozen and (parameter.norm or any(state == "ok" for _, state in parameter.states)):
             return None  # it moves, and frees this one: LoRA's B, a zero-initialised gate or convolution
         return _zero_parameter(context, leaf, parameter.node, node, own=leaf == key)
     if made is not None and made.trainable and not made.leaf:

@@ -91,11 +91,12 @@ def data_inplace_saved(context: Context) -> Iterable[Candidate]:
     """A value was changed through `.data` after an operation had saved it for its backward."""
     for mutation, node, function in context.facts.data_edits.values():
         leaves = _leaves(context, node)
+        words = "assigning to .data" if mutation.op == "data.__set__" else f"`{mutation.op}` through .data"
         yield Candidate(
             "data_inplace_saved",
             place(mutation.stack),
             f"the gradient of {count(len(leaves), 'parameter')} is wrong, without an error",
-            f"`{mutation.op}` through .data changes what `{function}` had saved for its backward; the version counter "
+            f"{words} changes what `{function}` had saved for its backward; the version counter "
             "does not see it",
             confidence=0.85,
             evidence=((node.site, "where the value was saved"),),

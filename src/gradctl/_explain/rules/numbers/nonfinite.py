@@ -12,6 +12,7 @@ from gradctl._explain.rules.numbers import names
 from gradctl._lineage import VIEWS, Flag, Hit, Node, NonfiniteFacts, Site, site, upstream
 
 _AFTER = 14
+_SKIPS = 12
 
 
 class _Cause(NamedTuple):
@@ -53,9 +54,13 @@ def nonfinite(context: Context) -> Iterable[Candidate]:
 
 def _certainty(context: Context, found: NonfiniteFacts) -> float:
     """Return how sure it is that this is not a loss scaler at work, or a step that the program leaves out itself."""
-    if found.steps or not context.facts.optimizers or context.error is not None or not context.facts.steps:
-        return 1.0 if found.steps or found.backwards >= 2 or not context.facts.optimizers else 0.6
-    return 0.9 if found.backwards >= 4 else 0.3
+    if not found.leaves and found.steps:
+        return 0.85 if found.backwards >= _SKIPS else 0.7
+    if found.steps or not context.facts.optimizers:
+        return 1.0
+    if context.error is not None or not context.facts.steps:
+        return 0.85 if found.backwards >= 2 else 0.6
+    return 0.9 if found.backwards >= _SKIPS else 0.3
 
 
 def _loss_is_broken(found: NonfiniteFacts) -> bool:
@@ -108,7 +113,9 @@ class _Flags:
         sources = self.sources(flag.node)
         if sources:
             return all(self.meant(source) for source in sources)
-        return any(operand.get("low") for operand in flag.operands)
+        return any(operand.get("low") for operand in flag.operands) and any(
+            not _seen_through(parent).trainable for parent in flag.node.inputs
+        )
 
     def origin(self, flag: Flag) -> Flag:
         """Return the first flag behind this one that is not a mask."""
@@ -177,15 +184,20 @@ def _judge(context: Context, flag: Flag) -> _Cause:
     return cause("nonfinite", f"`{op}` gives the first {what}", 0.75)
 
 
+def _seen_through(node: Node) -> Node:
+    """Return the value that a chain of views shows."""
+    while node.op in VIEWS and node.inputs:
+        node = node.inputs[0]
+    return node
+
+
 def _came_in(node: Node, operands: list[dict[str, Any]]) -> Node | None:
     """Return the input that was not finite already and was never looked at: data, or a parameter."""
     bad = [operand for operand in operands if operand.get("nan") or operand.get("high")]
     if not bad:
         return None
     for parent in node.inputs:
-        at = parent
-        while at.op in VIEWS and at.inputs:
-            at = at.inputs[0]
+        at = _seen_through(parent)
         if (not at.trainable or at.leaf) and any(operand["shape"] == tuple(parent.shape) for operand in bad):
             return at
     return None

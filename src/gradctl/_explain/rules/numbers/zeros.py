@@ -6,14 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from gradctl._explain._context import Candidate, Context, count
+from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain.rules import Rule
 from gradctl._explain.rules.numbers import names
 from gradctl._explain.rules.numbers.factors import factor
 from gradctl._explain.rules.numbers.verdict import Swallowed, named
-from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, path
+from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, live_leaves, path, upstream
 
 _ENOUGH = 3
+_NOISE = 1e-5
 
 
 class _Silent(NamedTuple):
@@ -110,6 +111,33 @@ def _candidate(
         root=None,
         explains="zero",
     )
+
+
+def over_one(context: Context) -> Iterable[Candidate]:
+    """A normalisation that always ran over one entry: what is left of its gradient is rounding noise."""
+    behind = {id(node) for backward in context.facts.backwards for root in backward.roots for node in upstream([root])}
+    for node, single, calls in context.facts.over_one.values():
+        if single < calls or (single < _ENOUGH and not context.finished) or id(node) not in behind:
+            continue
+        wanted = live_leaves(node)
+        mine = [
+            (key, facts)
+            for key, facts in context.parameters()
+            if id(facts.node) in wanted and facts.norm is not None and abs(facts.norm) < _NOISE
+        ]
+        if not mine:
+            continue
+        yield Candidate(
+            "zero_grad_size_one",
+            node.site,
+            f"{count(len(mine), 'parameter')} with a gradient of zero, but for rounding",
+            f"`{named(node)}` runs over a dimension of one entry: the result is the same whatever that entry is",
+            confidence=0.9 if single >= _ENOUGH else 0.7,
+            parameters=tuple([key for key, _ in mine]),
+            node=node,
+            leaf=mine[0][1].node,
+            explains="zero",
+        )
 
 
 def _verdict(context: Context, entry: _Silent) -> Swallowed | None:
@@ -227,20 +255,15 @@ def _cancels(hit: Hit, node: Node) -> Swallowed | None:
 
 
 def _hooked(context: Context, hit: Hit) -> Swallowed | None:
-    for node, code, stack in context.facts.hooks:
-        if node is hit.node:
-            where = Site(code.co_filename, code.co_firstlineno, code.co_qualname) if code is not None else None
+    for hook in context.facts.hooks:
+        if hook.node is hit.node and hook.code is not None:
+            where = Site(hook.code.co_filename, hook.code.co_firstlineno, hook.code.co_qualname)
             return Swallowed(
-                "grad_overwritten", where or node.site, "a hook on this value returns a gradient of zero", node, 0.85,
-                "return None from the hook to leave the gradient as it is", ((node.site, "the value"), *_sites(stack)),
+                "grad_overwritten", where, f"a hook on the result of `{named(hook.node)}` returns a gradient of zero", hook.node, 0.85,
+                "return None from the hook to leave the gradient as it is",
+                ((hook.node.site, "the value"), (place(hook.stack), "where the hook was registered")),
             )  # fmt: skip
     return None
-
-
-def _sites(stack: Any) -> tuple[tuple[Site | None, str], ...]:
-    from gradctl._explain._context import place
-
-    return ((place(stack), "where the hook was registered"),)
 
 
 def _underflow(hit: Hit, node: Node) -> Swallowed | None:
@@ -277,4 +300,4 @@ def _reads(node: Node, verdict: Swallowed) -> bool:
     return False
 
 
-RULES: list[Rule] = [zero]
+RULES: list[Rule] = [zero, over_one]
