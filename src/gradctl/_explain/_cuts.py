@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ast
 import linecache
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import NamedTuple
 
 from gradctl._explain._context import place
-from gradctl._lineage import CASTS, COMPARISONS, Node, Region, Site, site
+from gradctl._lineage import CASTS, COMPARISONS, Node, Region, Site, Stack, site
 
 
 class Cut(NamedTuple):
@@ -61,7 +61,9 @@ def _parameter(node: Node) -> Cut:
 
 def _constant(node: Node) -> Cut:
     why = "torch.autograd.grad without create_graph=True returns a constant"
-    return Cut("missing_create_graph", keyword_line(place(node.stack), "create_graph"), why, _callers(node), 0.2)
+    where = deciding_line(node.stack, "create_graph")
+    here = place(node.stack)
+    return Cut("missing_create_graph", where, why, ((here, "differentiated"), *_callers(node)), 0.2)
 
 
 def _dtype(node: Node) -> Cut:
@@ -134,17 +136,77 @@ def is_with_block(entry: Site | None) -> bool:
     )
 
 
-def keyword_line(where: Site | None, keyword: str) -> Site | None:
-    """Return the line of a keyword argument in the call that begins at a line; the line itself if there is none."""
-    tree = _tree(where.file) if where is not None else None
-    if where is None or tree is None:
-        return where
+def deciding_line(stack: Stack, keyword: str) -> Site | None:
+    """Return the line that decides a keyword of the innermost call.
+
+    That is the line of the keyword, or, where a function only hands its own argument on, the line of its caller, or of
+    the default if the caller says nothing.
+    """
+    where = place(stack)
+    name = keyword
+    for depth in range(min(len(stack), 4)):
+        here = site(stack[depth])
+        tree = _tree(here.file)
+        argument = _argument(tree, here, name) if tree is not None else None
+        if argument is None:
+            return where
+        where = here._replace(line=argument.lineno)
+        function = _enclosing(tree, here)
+        if not isinstance(argument, ast.Name) or function is None:
+            return where
+        arguments = function.args
+        named = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        if argument.id not in named or _assigned(function, argument.id):
+            return where
+        name = argument.id
+        if depth + 1 < len(stack):
+            caller = site(stack[depth + 1])
+            calling = _tree(caller.file)
+            if calling is not None and _argument(calling, caller, name, named) is None:
+                default = _default(function, name)
+                return where if default is None else here._replace(line=default.lineno)
+            where = caller
+    return where
+
+
+def _argument(tree: ast.Module | None, where: Site, name: str, order: Sequence[str] = ()) -> ast.expr | None:
+    """Return what a call on that line gives for an argument, by name or by place."""
+    if tree is None:
+        return None
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and node.lineno <= where.line <= (node.end_lineno or node.lineno):
-            for argument in node.keywords:
-                if argument.arg == keyword:
-                    return where._replace(line=argument.value.lineno)
-    return where
+            for keyword in node.keywords:
+                if keyword.arg == name:
+                    return keyword.value
+            if name in order:
+                position = [a for a in order if a != "self"].index(name)
+                if position < len(node.args):
+                    return node.args[position]
+    return None
+
+
+def _enclosing(tree: ast.Module | None, where: Site) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    found: ast.FunctionDef | ast.AsyncFunctionDef | None = None
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= where.line <= (node.end_lineno or 0):
+            found = node if found is None or node.lineno > found.lineno else found
+    return found
+
+
+def _assigned(function: ast.AST, name: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Store) for n in ast.walk(function))
+
+
+def _default(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> ast.expr | None:
+    arguments = function.args
+    placed = [*arguments.posonlyargs, *arguments.args]
+    for argument, default in zip(reversed(placed), reversed(arguments.defaults), strict=False):
+        if argument.arg == name:
+            return default
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        if argument.arg == name:
+            return default
+    return None
 
 
 def decorator_line(code: CodeType) -> Site:

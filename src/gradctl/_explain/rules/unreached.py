@@ -306,4 +306,49 @@ def lost_derivative(context: Context) -> Iterable[Candidate]:
         )  # fmt: skip
 
 
-RULES: list[Rule] = [cut_on_the_way, left_as_a_number, unused, dead_term, number_in_the_loss, lost_derivative]
+_JOINS = frozenset({"cat", "concat", "stack", "hstack", "vstack", "add", "__add__", "__radd__", "__iadd__", "add_"})
+_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "bilinear", "matmul", "__matmul__", "addmm", "mm", "bmm", "scaled_dot_product_attention", "multi_head_attention_forward", "rnn_tanh", "gru", "lstm"})  # fmt: skip
+_STATISTICS = frozenset("max amax min amin mean sum norm std var vector_norm median logsumexp numel size".split())
+
+
+def cut_on_one_way(context: Context) -> Iterable[Candidate]:
+    """`.data` or `torch.tensor()` on one way through the model, while the others still deliver a gradient.
+
+    Targets, weights and statistics are copied on purpose: only what is joined, added or fed to a layer that trains
+    counts, and only where the same backward reaches the same parameters by another way.
+    """
+    for copy, backward, times, meets, words in context.facts.partial_cuts.values():
+        leaves = live_leaves(copy)
+        ids = tuple(
+            key for key, facts in context.parameters()
+            if id(facts.node) in leaves and key in backward.leaves and not context.is_hand_written(facts)
+        )  # fmt: skip
+        if not ids or _STATISTICS & set(words) or _is_loss_sum(backward.roots, meets):
+            continue
+        layer = meets.op in _LAYERS and any(p.leaf and live for p, live in zip(meets.inputs, meets.live_inputs, strict=False))
+        if not (meets.op in _JOINS or layer) or _straight_through_join(copy, meets):
+            continue
+        cut = describe(copy)
+        yield Candidate(
+            cut.slug, cut.place,
+            f"one way to {count(len(ids), 'parameter')} carries no gradient in {count(times, 'backward')}; others do, so that each gets a part only",
+            f"{cut.why}; the copy is used in `{meets.op.strip('_')}` together with values that have a history",
+            confidence=0.75, severity="warning", evidence=(*cut.evidence, (place(meets.stack), "joined")), parameters=ids,
+            node=copy, leaf=context.facts.parameters[ids[0]].node, root=backward.roots[0], explains="wrong",
+        )  # fmt: skip
+
+
+def _is_loss_sum(roots: Sequence[Node], node: Node) -> bool:
+    """Whether an addition joins the terms of the loss itself (see `dead_term`)."""
+    return any(node is join for root in roots for join in sum_of(root)[0])
+
+
+def _straight_through_join(copy: Node, meets: Node) -> bool:
+    """Whether `meets` is the addition of `x + (y - x).data`: its live operand is inside of the copy."""
+    inside = {id(node) for node in upstream([copy])}
+    return any(live and id(parent) in inside for parent, live in zip(meets.inputs, meets.live_inputs, strict=False)) and meets.op not in (
+        "cat", "concat", "stack", "hstack", "vstack",
+    )  # fmt: skip
+
+
+RULES: list[Rule] = [cut_on_one_way, cut_on_the_way, left_as_a_number, unused, dead_term, number_in_the_loss, lost_derivative]
