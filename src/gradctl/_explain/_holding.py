@@ -23,7 +23,7 @@ from gradctl._explain._source import (
     statements,
     value_of_binding,
 )
-from gradctl._lineage import Node, Site, site
+from gradctl._lineage import Node, Site, Stack, site
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,10 @@ def _of_object(value: Any, tensor: Tensor) -> Holder | None:
     return None
 
 
-def stored_at(holder: Holder, node: Node | None, error: Raised) -> Site | None:
+def stored_at(holder: Holder, node: Node | None, stack: Stack) -> Site | None:
     """Return the line that put the tensor into its holder, found in the source; None where there is none."""
     lines: list[tuple[bool, bool, Site]] = []
-    for source, function, filename in _scopes(holder, error):
+    for source, function, filename in _scopes(holder, stack):
         for statement in statements(function):
             if not any(_is(bound, holder.name) for bound in binds(statement)):
                 continue
@@ -108,14 +108,14 @@ def stored_at(holder: Holder, node: Node | None, error: Raised) -> Site | None:
     return max(lines, key=lambda line: (line[0], line[1]))[2]
 
 
-def _scopes(holder: Holder, error: Raised) -> Iterator[tuple[Source, Any, str]]:
+def _scopes(holder: Holder, stack: Stack) -> Iterator[tuple[Source, Any, str]]:
     """Yield the functions in which the holder may be filled."""
     if holder.owner is not None:
         for source, definition in class_sources(holder.owner):
             for method in definition.body:
                 if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     yield source, method, source.filename
-    files = {entry[0].co_filename for entry in error.stack}
+    files = {entry[0].co_filename for entry in stack}
     for filename in files:
         source = parsed(filename)
         if source is None:

@@ -1,4 +1,4 @@
-"""Which line made a plain number of a value that should be a tensor: a literal that a function returned, a sum of nothing."""
+"""Which line made a number of what should be a tensor: a literal that a function returned, a sum of nothing."""
 
 from __future__ import annotations
 
@@ -109,7 +109,10 @@ def _function(frame: FrameType | None, called: ast.expr) -> tuple[CodeType, Sour
     except LookupError:
         return None
     if not inspect.isroutine(value) and not isinstance(value, type):
-        value = getattr(type(value), "forward", None) or getattr(type(value), "__call__", value)
+        classes = type(value).__mro__
+        value = next(
+            (vars(cls)[name] for cls in classes for name in ("__call__", "forward") if name in vars(cls)), value
+        )
     value = inspect.unwrap(value)
     code = getattr(getattr(value, "__func__", value), "__code__", None)
     if code is None:

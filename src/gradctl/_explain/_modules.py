@@ -37,7 +37,7 @@ def inplace_definition(context: Context, where: Site, module: Any = None) -> Sit
 
 
 def _argument_line(entry: Any, name: str) -> Site:
-    """Return the line of the argument that became the child `name`: `nn.Sequential` registers its arguments by number."""
+    """Return the line of the argument that became the child `name`: `nn.Sequential` numbers its arguments."""
     found = site(entry)
     parsed = source_of(entry)
     call = parsed.expression(entry) if parsed is not None else None

@@ -209,15 +209,15 @@ def _slice(source: Source, statement: ast.stmt) -> dict[tuple[str, int], int]:
             continue
         value = at if at is statement else value_of_binding(at)
         for text in reads(value) if value is not None else ():
-            for other in definitions(source, text, at) or _attribute_definitions(source, text, at):
-                queue.append((other, far + 1))
+            defined = definitions(source, text, at) or _attribute_definitions(source, text, at)
+            queue += [(other, far + 1) for other in defined]
     return lines
 
 
 def _head_end(statement: ast.stmt) -> int:
     body = getattr(statement, "body", None)
-    if isinstance(body, list) and body and isinstance(body[0], ast.AST):
-        return max(statement.lineno, body[0].lineno - 1)
+    if isinstance(body, list) and body and isinstance(first := body[0], ast.stmt):
+        return max(statement.lineno, first.lineno - 1)
     return statement.end_lineno or statement.lineno
 
 
@@ -266,7 +266,7 @@ def _reaches(frames: Stack) -> bool:
             for other in statements(function):
                 value = value_of_binding(other)
                 if value is not None and any(base_name(text) in known or text in known for text in reads(value)):
-                    new = {bound for bound in binds(other)} - known
+                    new = set(binds(other)) - known
                     changed = changed or bool(new)
                     known |= new
         if not _returns(function, known):
@@ -296,8 +296,9 @@ def _returns(function: Function, names: set[str]) -> bool:
 
 
 def where_dropped(node: Node) -> Site | None:
-    """Return the line at which a computed value was left out: a slice or an index that passes it by, an unpacked name
-    that nobody reads, a call whose result is not kept. None if the source does not tell.
+    """Return the line at which a computed value was left out; None if the source does not tell.
+
+    That is a slice or an index that passes it by, an unpacked name that nobody reads, a call whose result is not kept.
     """
     from gradctl._explain._dropped import dropped_at
 

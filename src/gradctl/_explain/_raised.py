@@ -10,7 +10,7 @@ from typing import Any
 
 from gradctl._explain._context import Context
 from gradctl._explain._source import source_of
-from gradctl._lineage import ErrorFacts, Site, Stack, site
+from gradctl._lineage import ErrorFacts, Node, Site, Stack, site
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,11 @@ class Raised:
     def here(self) -> Site | None:
         """The innermost line of the user that it passed."""
         return site(self.stack[0]) if self.stack else None
+
+    @property
+    def root(self) -> Node | None:
+        """The first tensor of the call that raised; for a backward the loss."""
+        return self.facts.nodes[0] if self.facts is not None and self.facts.nodes else None
 
     @property
     def frame(self) -> FrameType | None:

@@ -71,9 +71,10 @@ class Source:
         line = site(entry).line
         best: ast.stmt | None = None
         for node in ast.walk(self.tree):
-            if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or node.lineno):
-                if best is None or node.lineno >= best.lineno:
-                    best = node
+            if not isinstance(node, ast.stmt) or not node.lineno <= line <= (node.end_lineno or node.lineno):
+                continue
+            if best is None or node.lineno >= best.lineno:
+                best = node
         return best
 
     def statement_of(self, node: ast.AST) -> ast.stmt | None:

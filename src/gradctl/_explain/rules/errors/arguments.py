@@ -14,6 +14,7 @@ from gradctl._explain._context import Candidate, Context, place
 from gradctl._explain._cuts import describe
 from gradctl._explain._raised import Raised, raised
 from gradctl._explain._source import parsed
+from gradctl._explain._words import word
 from gradctl._explain.rules import Rule
 from gradctl._lineage import Node, Site, sufficient_breaks
 
@@ -61,12 +62,16 @@ def non_scalar_loss(context: Context) -> Iterable[Candidate]:
     made = _unreduced(root)
     shape = list(root.shape)
     yield Candidate(
-        "non_scalar_loss", made.site or error.here,
+        "non_scalar_loss",
+        made.site or error.here,
         f"backward() refused: the loss has shape {shape}, and only a single number has a gradient of its own",
-        f"`{_word(made)}` makes it with shape {list(made.shape)}, and nothing reduces it before backward()",
-        confidence=0.95 * error.certainty, evidence=((error.here, "backward"), (root.site, "loss")), node=made, root=root,
+        f"`{word(made)}` makes it with shape {list(made.shape)}, and nothing reduces it before backward()",
+        confidence=0.95 * error.certainty,
+        evidence=((error.here, "backward"), (root.site, "loss")),
+        node=made,
+        root=root,
         explains="error",
-    )  # fmt: skip
+    )
 
 
 def _unreduced(root: Node) -> Node:
@@ -92,10 +97,14 @@ def int_requires_grad(context: Context) -> Iterable[Candidate]:
     node = error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
     kind = "of whole numbers" if node is None or node.dtype is None else f"of {str(node.dtype).removeprefix('torch.')}"
     yield Candidate(
-        "int_requires_grad", error.here, f"a tensor {kind} is asked to require a gradient",
+        "int_requires_grad",
+        error.here,
+        f"a tensor {kind} is asked to require a gradient",
         "only floating-point and complex tensors have gradients; nn.Parameter asks for one unless told otherwise",
-        confidence=0.95 * error.certainty, evidence=error.callers, explains="error",
-    )  # fmt: skip
+        confidence=0.95 * error.certainty,
+        evidence=error.callers,
+        explains="error",
+    )
 
 
 def requires_grad_on_nonleaf(context: Context) -> Iterable[Candidate]:
@@ -104,14 +113,17 @@ def requires_grad_on_nonleaf(context: Context) -> Iterable[Candidate]:
     if error is None or error.here is None:
         return
     node = error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
-    made = f"; this one is the result of `{_word(node)}`" if node is not None and node.inputs else ""
+    made = f"; this one is the result of `{word(node)}`" if node is not None and node.inputs else ""
     yield Candidate(
-        "requires_grad_on_nonleaf", error.here, "requires_grad of a computed tensor cannot be changed",
+        "requires_grad_on_nonleaf",
+        error.here,
+        "requires_grad of a computed tensor cannot be changed",
         f"whether a result requires a gradient follows from what it was computed from{made}",
         "x = x.detach() to cut here, or freeze the parameters behind it: module.requires_grad_(False)",
         confidence=0.93 * error.certainty,
-        evidence=((node.site if node is not None else None, "made"), *error.callers), explains="error",
-    )  # fmt: skip
+        evidence=((node.site if node is not None else None, "made"), *error.callers),
+        explains="error",
+    )
 
 
 def retain_grad_on_constant(context: Context) -> Iterable[Candidate]:
@@ -130,12 +142,15 @@ def retain_grad_on_constant(context: Context) -> Iterable[Candidate]:
         else (error.here, "nothing that it was computed from requires a gradient")
     )
     yield Candidate(
-        "retain_grad_on_constant", where, "retain_grad() on a tensor without history",
+        "retain_grad_on_constant",
+        where,
+        "retain_grad() on a tensor without history",
         f"its gradient cannot be kept, because no backward() passes it: {why}",
         "compute it with gradients on, or let the input require one: x.requires_grad_(True)",
         confidence=(0.93 if cut is not None else 0.85) * error.certainty,
-        evidence=((error.here, "retain_grad"), *(cut.evidence if cut is not None else ())), explains="error",
-    )  # fmt: skip
+        evidence=((error.here, "retain_grad"), *(cut.evidence if cut is not None else ())),
+        explains="error",
+    )
 
 
 def non_leaf_param(context: Context) -> Iterable[Candidate]:
@@ -157,7 +172,7 @@ def non_leaf_param(context: Context) -> Iterable[Candidate]:
         first = live[0]
     where = first.site
     if first.stack and error.stack:
-        # A value that a network computed: the line in the function that makes the optimizer, not one inside of the network.
+        # What a network computed: the line in the function that makes the optimizer, not one inside of the network.
         parents = [parent for parent, alive in zip(first.inputs, first.live_inputs, strict=False) if alive]
         if len(parents) > 1 or any(isinstance(parent.tensor(), Parameter) for parent in parents):
             codes = [entry[0] for entry in error.stack]
@@ -166,12 +181,17 @@ def non_leaf_param(context: Context) -> Iterable[Candidate]:
 
 
 def _non_leaf(error: Raised, where: Site | None, node: Node | None, confidence: float) -> Candidate:
-    made = f"`{_word(node)}`" if node is not None else "an operation"
+    made = f"`{word(node)}`" if node is not None else "an operation"
     return Candidate(
-        "non_leaf_param", where, "the optimizer was given a computed tensor, which it cannot train",
+        "non_leaf_param",
+        where,
+        "the optimizer was given a computed tensor, which it cannot train",
         f"the tensor is the result of {made}; the leaf, and its gradient, is the tensor before it",
-        confidence=confidence * error.certainty, evidence=((error.here, "optimizer made"),), node=node, explains="error",
-    )  # fmt: skip
+        confidence=confidence * error.certainty,
+        evidence=((error.here, "optimizer made"),),
+        node=node,
+        explains="error",
+    )
 
 
 def custom_function_wrong_count(context: Context) -> Iterable[Candidate]:
@@ -189,12 +209,16 @@ def custom_function_wrong_count(context: Context) -> Iterable[Candidate]:
     where, defined = _return_line(cls, error.message)
     name = cls.__name__
     yield Candidate(
-        "custom_function_wrong_count", where, f"{name}.backward does not fit {name}.forward: {error.message.split(': ')[-1]}",
-        "backward() returns one gradient for each argument of forward() after ctx, in the shape of the argument, and None "
+        "custom_function_wrong_count",
+        where,
+        f"{name}.backward does not fit {name}.forward: {error.message.split(': ')[-1]}",
+        "backward() returns one gradient for each argument of forward() after ctx, in its shape, and None "
         "for what is no tensor",
         "return one value for each argument of forward(), and sum over what was broadcast: grad.sum_to_size(x.shape)",
-        confidence=0.95 * error.certainty, evidence=((defined, "defined"), (error.here, "backward")), explains="error",
-    )  # fmt: skip
+        confidence=0.95 * error.certainty,
+        evidence=((defined, "defined"), (error.here, "backward")),
+        explains="error",
+    )
 
 
 def _return_line(cls: Any, message: str) -> tuple[Site | None, Site | None]:
@@ -229,13 +253,6 @@ def _local(error: Raised, function: str, name: str) -> Tensor | None:
     return None
 
 
-def _word(node: Node | None) -> str:
-    if node is None:
-        return "an operation"
-    name = node.op.removesuffix(".__get__").removesuffix(".apply")
-    return {"__getitem__": "index", "__matmul__": "matmul"}.get(name, name.strip("_") or name)
-
-
 def _numel(node: Node) -> int:
     count = 1
     for length in node.shape:
@@ -244,6 +261,10 @@ def _numel(node: Node) -> int:
 
 
 RULES: list[Rule] = [
-    non_scalar_loss, int_requires_grad, requires_grad_on_nonleaf, retain_grad_on_constant, non_leaf_param,
+    non_scalar_loss,
+    int_requires_grad,
+    requires_grad_on_nonleaf,
+    retain_grad_on_constant,
+    non_leaf_param,
     custom_function_wrong_count,
-]  # fmt: skip
+]

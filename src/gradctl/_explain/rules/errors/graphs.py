@@ -10,6 +10,7 @@ from gradctl._explain._context import Candidate, Context, place
 from gradctl._explain._provenance import Carrier, carrier
 from gradctl._explain._raised import Raised, raised
 from gradctl._explain._source import source_of
+from gradctl._explain._words import at, word
 from gradctl._explain.rules import Rule
 from gradctl._lineage import FREED, ErrorFacts, Node, Site, Stack, grad_fn_of, site
 
@@ -65,9 +66,10 @@ def second_backward(context: Context) -> Iterable[Candidate]:
         return
     again = {(node.op, node.stack[:1]) for node in context.tracer.log.get(backward.generation, ())}
     wrapped = [
-        edge for edge in later
+        edge
+        for edge in later
         if _wrapped(edge.consumer, edge.producer) or (edge.producer.op, edge.producer.stack[:1]) in again
-    ]  # fmt: skip
+    ]
     if wrapped:
         yield from _stale(context, error, wrapped[0])
     else:
@@ -144,33 +146,47 @@ def _loss_again(error: Raised, facts: ErrorFacts, mark: _Mark) -> Candidate:
         else "this backward() has freed the graph of the loss, and a later line calls backward() on the same loss"
     )
     return Candidate(
-        "graph_reused", where or backward, "backward() was called a second time on a loss whose graph was freed",
-        why, confidence=0.96 * error.certainty,
-        evidence=((root.site, "made"), (first, "freed"), (backward, "backward")), root=root, node=root, explains="error",
-    )  # fmt: skip
+        "graph_reused",
+        where or backward,
+        "backward() was called a second time on a loss whose graph was freed",
+        why,
+        confidence=0.96 * error.certainty,
+        evidence=((root.site, "made"), (first, "freed"), (backward, "backward")),
+        root=root,
+        node=root,
+        explains="error",
+    )
 
 
 def _shared(error: Raised, edge: _Edge) -> Candidate:
     first, backward = place(edge.mark[1]), error.here
     return Candidate(
-        "graph_reused", first or backward, "two backward() calls go through the same part of a graph",
-        f"the first backward() freed the part that both losses share: `{_word(edge.producer)}`, made at {_at(edge.producer)}",
+        "graph_reused",
+        first or backward,
+        "two backward() calls go through the same part of a graph",
+        f"the first backward() freed what both losses share: `{word(edge.producer)}`, made at {at(edge.producer)}",
         "(loss_a + loss_b).backward(), or retain_graph=True in the first call",
         confidence=0.95 * error.certainty,
         evidence=((edge.producer.site, "shared"), (edge.consumer.site, "used again"), (backward, "backward")),
-        node=edge.producer, root=_root(error), explains="error",
-    )  # fmt: skip
+        node=edge.producer,
+        root=error.root,
+        explains="error",
+    )
 
 
 def _once(error: Raised, edge: _Edge) -> Candidate:
     return Candidate(
-        "graph_reused", edge.producer.site or error.here, "a value that was computed once is gone backward through twice",
-        f"`{_word(edge.producer)}` ran once here; the first backward() freed its graph, and the next iteration uses the value",
+        "graph_reused",
+        edge.producer.site or error.here,
+        "a value that was computed once is gone backward through twice",
+        f"`{word(edge.producer)}` ran once here; the first backward() freed its graph, and the next step uses it",
         "compute it in every iteration, or detach it if it is data",
         confidence=0.93 * error.certainty,
         evidence=((edge.consumer.site, "used"), (place(edge.mark[1]), "freed"), (error.here, "backward")),
-        node=edge.producer, root=_root(error), explains="error",
-    )  # fmt: skip
+        node=edge.producer,
+        root=error.root,
+        explains="error",
+    )
 
 
 def _stale(context: Context, error: Raised, edge: _Edge) -> Iterable[Candidate]:
@@ -178,23 +194,31 @@ def _stale(context: Context, error: Raised, edge: _Edge) -> Iterable[Candidate]:
     dropped = _dropped_detach(context, edge.producer)
     if dropped is not None:
         yield Candidate(
-            "detach_unused", dropped, "detach() returns a new tensor, and nobody keeps it",
-            f"the value is what it was before this line: it carries the graph of the earlier step into {_at(edge.consumer)}",
+            "detach_unused",
+            dropped,
+            "detach() returns a new tensor, and nobody keeps it",
+            f"the value is what it was before: it carries the graph of the earlier step into {at(edge.consumer)}",
             confidence=0.97 * error.certainty,
             evidence=((found.place, "carried"), (place(edge.mark[1]), "freed"), (error.here, "backward")),
-            node=edge.producer, root=_root(error), explains="error",
-        )  # fmt: skip
+            node=edge.producer,
+            root=error.root,
+            explains="error",
+        )
     yield Candidate(
-        "stale_graph_carried", found.place, "backward() goes into the graph of an earlier step, which has been freed",
+        "stale_graph_carried",
+        found.place,
+        "backward() goes into the graph of an earlier step, which has been freed",
         f"{found.why}; that step's backward() freed its graph",
         confidence=0.95 * error.certainty,
-        evidence=(*found.evidence, (place(edge.mark[1]), "freed"), (error.here, "backward")), node=edge.producer,
-        root=_root(error), explains="error",
-    )  # fmt: skip
+        evidence=(*found.evidence, (place(edge.mark[1]), "freed"), (error.here, "backward")),
+        node=edge.producer,
+        root=error.root,
+        explains="error",
+    )
 
 
 def carried(facts: ErrorFacts, *, freed: bool) -> Carried | None:
-    """Return the value that links the graph of a failed backward to an earlier iteration; None if there is no such link."""
+    """Return the value that links the graph of a failed backward to an earlier iteration; None if none does."""
     edges: list[tuple[Node, Node]] = []
     for function in facts.graph.nodes:
         consumer = facts.graph.site.get(function)
@@ -215,28 +239,34 @@ def carried(facts: ErrorFacts, *, freed: bool) -> Carried | None:
 def _carried(consumer: Node, producer: Node) -> Carried:
     if producer.extra == "in place" and producer.op in _STORES:
         return Carried(
-            producer.site, f"a value with history was stored into a tensor here, and used at {_at(consumer)} a step later",
-            ((consumer.site, "used"),), producer,
-        )  # fmt: skip
+            producer.site,
+            f"a value with history was stored into a tensor here, and used at {at(consumer)} a step later",
+            ((consumer.site, "used"),),
+            producer,
+        )
     found = carrier(consumer.stack, producer.stack)
     if found is not None and found.stored is not None and not _gathers(consumer, producer):
         return Carried(
-            found.stored, f"`{found.text}` keeps live tensors: what is put in here is used at {_at(consumer)} a step later",
-            ((found.place, "used"), (producer.site, "made")), producer,
-        )  # fmt: skip
+            found.stored,
+            f"`{found.text}` keeps live tensors: what is put in here is used at {at(consumer)} a step later",
+            ((found.place, "used"), (producer.site, "made")),
+            producer,
+        )
     if found is None:
         found = Carrier(consumer.site, "", 0) if consumer.site is not None else None
     if found is None:
         return Carried(None, "a value of an earlier step is used", (), producer)
     name = f"`{found.text}`" if found.text else "a value"
     return Carried(
-        found.place, f"{name} still holds what `{_word(producer)}` made in the step before (at {_at(producer)})",
-        ((consumer.site, "used"), (producer.site, "made")), producer,
-    )  # fmt: skip
+        found.place,
+        f"{name} still holds what `{word(producer)}` made in the step before (at {at(producer)})",
+        ((consumer.site, "used"), (producer.site, "made")),
+        producer,
+    )
 
 
 def _gathers(consumer: Node, producer: Node) -> bool:
-    """Whether the use takes values of this step from the same source too: then they are wanted, and the old ones left over."""
+    """Whether the use takes values of this step from the same source too, so that the old ones are left over."""
     return any(
         parent.op == producer.op and parent.stack[:1] == producer.stack[:1] and parent.generation > producer.generation
         for parent in consumer.inputs
@@ -244,7 +274,7 @@ def _gathers(consumer: Node, producer: Node) -> bool:
 
 
 def _wrapped(consumer: Node, producer: Node) -> bool:
-    """Whether a loop went round between the two: in the first frame in which they differ, the consumer stands higher."""
+    """Whether a loop went round between the two: in the first frame that differs, the consumer stands higher."""
     for above, below in zip(reversed(consumer.stack), reversed(producer.stack), strict=False):
         if above[0] is not below[0]:
             return False
@@ -281,30 +311,16 @@ def _not_kept(stack: Stack) -> Site | None:
             for loop in source.loops(statement):
                 if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name) and loop.target.id == name:
                     used = any(
-                        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+                        isinstance(node, ast.Name)
+                        and node.id == name
+                        and isinstance(node.ctx, ast.Load)
                         and node.lineno > statement.lineno
                         for node in ast.walk(source.function(statement))
-                    )  # fmt: skip
+                    )
                     return None if used else site(entry)
         if not isinstance(statement, ast.Return):
             return None
     return None
-
-
-def _at(node: Node) -> str:
-    where = node.site
-    return "a line of a library" if where is None else f"{where.file.rpartition('/')[2]}:{where.line}"
-
-
-def _word(node: Node) -> str:
-    name = node.op.removesuffix(".__get__").removesuffix(".apply")
-    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(
-        name, name.strip("_") or name
-    )
-
-
-def _root(error: Raised) -> Node | None:
-    return error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
 
 
 RULES: list[Rule] = [second_backward]

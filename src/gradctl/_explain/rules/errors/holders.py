@@ -25,16 +25,19 @@ def numpy_on_grad(context: Context) -> Iterable[Candidate]:
     holder: Holder | None = None
     if tensor is not None:
         holder = holder_in(error, tensor)
-        stored = stored_at(holder, node, error) if holder is not None and holder.kind == "container" else None
+        stored = stored_at(holder, node, error.stack) if holder is not None and holder.kind == "container" else None
     what = f"`{holder.name}` holds tensors" if stored is not None and holder is not None else "the tensor is one"
     yield Candidate(
-        "numpy_on_grad", stored or error.here, "a tensor that still has its history is converted to an array",
+        "numpy_on_grad",
+        stored or error.here,
+        "a tensor that still has its history is converted to an array",
         f"{what} with history, and a conversion would lose it without a word",
         "keep the number: loss.item(), or x.detach()" if stored is not None else "x.detach().cpu().numpy()",
         confidence=0.94 * error.certainty,
         evidence=((error.here, "converted"), (node.site if node is not None else None, "made"), *error.callers),
-        node=node, explains="error",
-    )  # fmt: skip
+        node=node,
+        explains="error",
+    )
 
 
 def deepcopy_nonleaf(context: Context) -> Iterable[Candidate]:
@@ -48,14 +51,19 @@ def deepcopy_nonleaf(context: Context) -> Iterable[Candidate]:
         return
     holder = holder_in(error, tensor)
     direct = _copied_itself(error, tensor)
-    stored = None if direct or holder is None else stored_at(holder, node, error)
+    stored = None if direct or holder is None else stored_at(holder, node, error.stack)
     where = error.here if direct else stored or node.site or error.here
     name = f"`{holder.name}`" if holder is not None and not direct else "the object"
     yield Candidate(
-        "deepcopy_nonleaf", where, "an object that holds a tensor with history is copied",
+        "deepcopy_nonleaf",
+        where,
+        "an object that holds a tensor with history is copied",
         f"{name} is a live tensor of shape {list(tensor.shape)}; its copy would need a copy of the graph",
-        confidence=0.94 * error.certainty, evidence=((error.here, "copied"), (node.site, "made")), node=node, explains="error",
-    )  # fmt: skip
+        confidence=0.94 * error.certainty,
+        evidence=((error.here, "copied"), (node.site, "made")),
+        node=node,
+        explains="error",
+    )
 
 
 def _copied(error: Raised) -> Tensor | None:

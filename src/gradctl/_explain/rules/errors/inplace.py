@@ -12,6 +12,7 @@ from gradctl._explain._context import Candidate, Context, place
 from gradctl._explain._cuts import in_region
 from gradctl._explain._modules import inplace_definition
 from gradctl._explain._raised import Raised, raised
+from gradctl._explain._words import word
 from gradctl._explain.rules import Rule
 from gradctl._explain.rules.errors.graphs import carried
 from gradctl._lineage import ErrorFacts, Mutation, Node, Site
@@ -35,20 +36,29 @@ def inplace_saved(context: Context) -> Iterable[Candidate]:
         yield _by_optimizer(context, error, mutation, saver, certainty)
         return
     where = place(mutation.stack)
-    why = f"`{_word(mutation.op)}` changed it after `{_word(saver.op)}` had saved it for its gradient"
+    why = f"`{word(mutation.op)}` changed it after `{word(saver)}` had saved it for its gradient"
     if where is not None and mutation.op in ("relu", "relu_", "dropout", "leaky_relu_", "elu_", "hardtanh_", "silu_"):
         defined = inplace_definition(context, where)
         if defined is not None:
             where, why = (
                 defined,
-                f"a module with inplace=True changed what `{_word(saver.op)}` had saved for its gradient",
+                f"a module with inplace=True changed what `{word(saver)}` had saved for its gradient",
             )
     yield Candidate(
-        "inplace_saved", where, f"backward() refused: a tensor of shape {list(mutation.shape)} was changed in place",
-        why, confidence=certainty,
-        evidence=((saver.site, "saved"), (error.here, "backward"), *[(place(mutation.stack, d), "called") for d in (1, 2)]),
-        node=saver, root=_root(error), explains="error",
-    )  # fmt: skip
+        "inplace_saved",
+        where,
+        f"backward() refused: a tensor of shape {list(mutation.shape)} was changed in place",
+        why,
+        confidence=certainty,
+        evidence=(
+            (saver.site, "saved"),
+            (error.here, "backward"),
+            *[(place(mutation.stack, d), "called") for d in (1, 2)],
+        ),
+        node=saver,
+        root=error.root,
+        explains="error",
+    )
 
 
 def _by_optimizer(context: Context, error: Raised, mutation: Mutation, saver: Node, certainty: float) -> Candidate:
@@ -62,24 +72,32 @@ def _by_optimizer(context: Context, error: Raised, mutation: Mutation, saver: No
         stale = carried(error.facts, freed=False)
         if stale is not None:
             return Candidate(
-                "stale_graph_carried", stale.place,
-                "backward() refused: the graph reaches into an earlier step, and the optimizer has changed its weights since",
+                "stale_graph_carried",
+                stale.place,
+                "backward() refused: the graph reaches into an earlier step, whose weights the optimizer has changed",
                 f"{stale.why}; the weights of that step are gone",
-                confidence=certainty, evidence=(*stale.evidence, (place(mutation.stack), "step"), (error.here, "backward")),
-                node=stale.node, root=_root(error), explains="error",
-            )  # fmt: skip
+                confidence=certainty,
+                evidence=(*stale.evidence, (place(mutation.stack), "step"), (error.here, "backward")),
+                node=stale.node,
+                root=error.root,
+                explains="error",
+            )
     return Candidate(
-        "optimizer_step_inplace", place(mutation.stack),
+        "optimizer_step_inplace",
+        place(mutation.stack),
         "backward() refused: an optimizer has changed weights that this backward still needs",
-        f"step() changed a tensor of shape {list(mutation.shape)} in place after `{_word(saver.op)}` had used it in the "
+        f"step() changed a tensor of shape {list(mutation.shape)} in place after `{word(saver)}` had used it in the "
         "forward pass",
-        confidence=certainty, evidence=((saver.site, "used"), (error.here, "backward")), node=saver, root=_root(error),
+        confidence=certainty,
+        evidence=((saver.site, "used"), (error.here, "backward")),
+        node=saver,
+        root=error.root,
         explains="error",
-    )  # fmt: skip
+    )
 
 
 def _savers(facts: ErrorFacts, message: str) -> list[Node]:
-    """Return the operations whose saved tensors raise the very message of the error; else any that raise one like it."""
+    """Return the operations whose saved tensors raise the very message of the error; else those with one like it."""
     same: list[Node] = []
     alike: list[Node] = []
     for function in facts.graph.nodes:
@@ -105,7 +123,7 @@ def _savers(facts: ErrorFacts, message: str) -> list[Node]:
 
 
 def _overwritten(context: Context, savers: list[Node], message: str) -> tuple[Mutation, Node, bool] | None:
-    """Return the first change of the saved tensor after it was saved, who saved it, and whether its storage is known."""
+    """Return the first change of the saved tensor after it was saved, who saved it, and whether that is exact."""
     versions = _VERSIONS.search(message)
     expected = int(versions.group(2)) if versions is not None else None
     mutations = context.facts.mutations
@@ -154,47 +172,66 @@ def leaf_inplace(context: Context) -> Iterable[Candidate]:
         return
     what = "a part of a parameter" if "view" in error.message.lower() else "a parameter"
     yield Candidate(
-        "leaf_inplace", error.here, f"{what} is changed in place while autograd records",
+        "leaf_inplace",
+        error.here,
+        f"{what} is changed in place while autograd records",
         "a leaf is where gradients arrive: as the result of an operation it would be no leaf any more",
-        confidence=0.96 * error.certainty, evidence=error.callers, explains="error",
-    )  # fmt: skip
+        confidence=0.96 * error.certainty,
+        evidence=error.callers,
+        explains="error",
+    )
 
 
 def view_inplace(context: Context) -> Iterable[Candidate]:
-    """A view that may not be changed in place: one of several, one behind a backward hook, one of a block without gradients."""
-    error = raised(context, "is a view and is being modified inplace", "a view was created in no_grad mode and is being modified",
-                   "is a view of a view which was created in no_grad", "a view was created in inference mode")  # fmt: skip
+    """A view that may not be changed in place: one of several, behind a backward hook, of a block without gradients."""
+    error = raised(
+        context,
+        "is a view and is being modified inplace",
+        "a view was created in no_grad mode and is being modified",
+        "is a view of a view which was created in no_grad",
+        "a view was created in inference mode",
+    )
     if error is None or error.here is None:
         return
     message = error.message
     if "BackwardHookFunction" in message:
         defined = inplace_definition(context, error.here, _module_of(error))
         yield Candidate(
-            "hook_view_inplace", defined or error.here,
+            "hook_view_inplace",
+            defined or error.here,
             "an operation in place behind a module that has a full backward hook",
-            "the hook passes the module's output through a function that returns a view, which may not be changed in place",
+            "the hook passes the module's output through a function whose view of it may not be changed in place",
             "inplace=False, or an operation that returns a new tensor",
-            confidence=0.94 * error.certainty, evidence=((error.here, "ran here"), *error.callers), explains="error",
-        )  # fmt: skip
+            confidence=0.94 * error.certainty,
+            evidence=((error.here, "ran here"), *error.callers),
+            explains="error",
+        )
         return
     node = error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
     if "returns multiple views" in message:
         match = re.search(r"Output \d+ of (\w+?)(?:Backward\d*)? is a view", message)
         maker = match.group(1) if match is not None else "an operation"
         yield Candidate(
-            "multi_view_inplace", error.here, f"one of the several views that {maker} returned is changed in place",
+            "multi_view_inplace",
+            error.here,
+            f"one of the several views that {maker} returned is changed in place",
             "the history of one output cannot be rewritten without that of the others",
-            confidence=0.95 * error.certainty, evidence=((node.site if node else None, "made"), *error.callers), explains="error",
-        )  # fmt: skip
+            confidence=0.95 * error.certainty,
+            evidence=((node.site if node else None, "made"), *error.callers),
+            explains="error",
+        )
     elif "no_grad mode" in message or "inference mode" in message:
         cut = in_region(node.region, "the view", node.site) if node is not None and node.region is not None else None
         yield Candidate(
-            cut.slug if cut is not None else "no_grad", cut.place if cut is not None else error.here,
+            cut.slug if cut is not None else "no_grad",
+            cut.place if cut is not None else error.here,
             "a view that was made without gradients is changed in place where gradients are on",
             cut.why if cut is not None else "what its base should remember of the change is not defined",
             "make the view where gradients are on too, or change both without gradients",
-            confidence=0.85 * error.certainty, evidence=((error.here, "changed"), *error.callers), explains="error",
-        )  # fmt: skip
+            confidence=0.85 * error.certainty,
+            evidence=((error.here, "changed"), *error.callers),
+            explains="error",
+        )
 
 
 def detach_view_inplace(context: Context) -> Iterable[Candidate]:
@@ -204,20 +241,26 @@ def detach_view_inplace(context: Context) -> Iterable[Candidate]:
         return
     node = error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
     yield Candidate(
-        "detach_view_inplace", error.here, "detach_() of a view is refused",
+        "detach_view_inplace",
+        error.here,
+        "detach_() of a view is refused",
         "a view shares the history of its base, which cannot be cut for a part of the memory only",
-        "x = x.detach()", confidence=0.95 * error.certainty,
-        evidence=((node.site if node is not None else None, "made"), *error.callers), explains="error",
-    )  # fmt: skip
+        "x = x.detach()",
+        confidence=0.95 * error.certainty,
+        evidence=((node.site if node is not None else None, "made"), *error.callers),
+        explains="error",
+    )
 
 
 def inference_tensor(context: Context) -> Iterable[Candidate]:
     """A tensor made in inference mode is recorded, changed or made a leaf outside of it."""
     changed = raised(context, "Inplace update to inference tensor outside InferenceMode")
     error = changed or raised(
-        context, "Inference tensors cannot be saved for backward", "requires_grad=True on inference tensor",
+        context,
+        "Inference tensors cannot be saved for backward",
+        "requires_grad=True on inference tensor",
         "Inference tensors do not track version counter",
-    )  # fmt: skip
+    )
     if error is None:
         return
     nodes = list(zip(error.facts.nodes, error.facts.inference, strict=False)) if error.facts is not None else []
@@ -226,17 +269,21 @@ def inference_tensor(context: Context) -> Iterable[Candidate]:
     why = "a tensor made in inference mode has no version counter, and can never be a part of a graph"
     evidence: tuple[tuple[Site | None, str], ...] = ()
     if node is not None and node.region is not None and node.region.library != "library":
-        cut = in_region(node.region, f"`{_word(node.op)}`", node.site)
+        cut = in_region(node.region, f"`{word(node)}`", node.site)
         where, why, evidence = cut.place, f"{cut.why}; {why}", cut.evidence
     elif node is not None:
         where = node.site
     yield Candidate(
-        "inference_inplace" if changed is not None else "inference_mode", where or error.here,
-        "a tensor made in inference mode is changed in place outside of it" if changed is not None
+        "inference_inplace" if changed is not None else "inference_mode",
+        where or error.here,
+        "a tensor made in inference mode is changed in place outside of it"
+        if changed is not None
         else "a tensor made in inference mode is used where autograd has to record",
-        why, confidence=(0.95 if where is not None else 0.6) * error.certainty,
-        evidence=(*evidence, (node.site if node is not None else None, "made"), (error.here, "used")), explains="error",
-    )  # fmt: skip
+        why,
+        confidence=(0.95 if where is not None else 0.6) * error.certainty,
+        evidence=(*evidence, (node.site if node is not None else None, "made"), (error.here, "used")),
+        explains="error",
+    )
 
 
 def _module_of(error: Raised) -> Any:
@@ -245,17 +292,6 @@ def _module_of(error: Raised) -> Any:
         if frame.f_code.co_name == "forward":
             return frame.f_locals.get("self")
     return None
-
-
-def _root(error: Raised) -> Node | None:
-    return error.facts.nodes[0] if error.facts is not None and error.facts.nodes else None
-
-
-def _word(op: str) -> str:
-    name = op.removesuffix(".__get__").removesuffix(".apply")
-    return {"__getitem__": "index", "__matmul__": "matmul", "__setitem__": "x[...] = y"}.get(
-        name, name.strip("_") if not name.startswith("__i") else f"{name.strip('_')[1:]} in place"
-    )
 
 
 RULES: list[Rule] = [inplace_saved, leaf_inplace, view_inplace, detach_view_inplace, inference_tensor]

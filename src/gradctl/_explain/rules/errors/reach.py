@@ -19,9 +19,11 @@ from gradctl._lineage import Escape, Node, Unreached, breaks, sufficient_breaks,
 def input_not_in_graph(context: Context) -> Iterable[Candidate]:
     """`autograd.grad` with respect to a tensor that the output does not depend on."""
     error = raised(
-        context, "appears to not have been used in the graph", "differentiated Tensors appears to not have been used",
+        context,
+        "appears to not have been used in the graph",
+        "differentiated Tensors appears to not have been used",
         "differentiated Tensors does not require grad",
-    )  # fmt: skip
+    )
     if error is None or error.facts is None or error.facts.backward is None:
         return
     backward = error.facts.backward
@@ -65,13 +67,15 @@ def _cut_between(behind: Sequence[Node], node: Node) -> Cut | None:
 
 def _not_used(error: Raised, cut: Cut | None, why: str, node: Node, confidence: float) -> Candidate:
     return Candidate(
-        "input_not_in_graph", (cut.place if cut is not None else None) or error.here,
+        "input_not_in_graph",
+        (cut.place if cut is not None else None) or error.here,
         "a gradient is asked for with respect to a tensor that the output does not depend on",
         f"{why}; the graph of the output does not hold the tensor of shape {list(node.shape)}",
         confidence=confidence * error.certainty,
         evidence=((error.here, "autograd.grad"), (node.site, "input"), *(cut.evidence if cut is not None else ())),
-        node=node, explains="error",
-    )  # fmt: skip
+        node=node,
+        explains="error",
+    )
 
 
 def waits_for_parameters(context: Context) -> Iterable[Candidate]:
@@ -110,33 +114,38 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
                 f"the value became a plain number through .{evidence.kind}()",
             )
         yield Candidate(
-            slug, where, f"DistributedDataParallel waits for {count(len(keys), 'gradient')} that never came",
+            slug,
+            where,
+            f"DistributedDataParallel waits for {count(len(keys), 'gradient')} that never came",
             f"{count(len(keys), 'parameter')} had no part in the last backward: {why}",
-            "use the layer, drop it, or DistributedDataParallel(..., find_unused_parameters=True)" if slug == "unused_param" else "",
+            "use the layer, drop it, or DistributedDataParallel(..., find_unused_parameters=True)"
+            if slug == "unused_param"
+            else "",
             confidence=(0.95 + 0.001 * len(keys) / (len(keys) + 1)) * error.certainty,
-            evidence=((node.site, "defined"), (error.here, "raised")), parameters=keys, leaf=node, explains="error",
-        )  # fmt: skip
+            evidence=((node.site, "defined"), (error.here, "raised")),
+            parameters=keys,
+            leaf=node,
+            explains="error",
+        )
 
 
 def _without_gradient(context: Context, error: Raised) -> list[tuple[int, Node]]:
     """Return the parameters of the replica that the last backward did not reach."""
-    replica = next(
-        (found for frame, _ in reversed(error.frames) if (found := _replica(frame.f_locals.get("self"))) is not None),
-        None,
-    )
+    owners: list[Any] = [frame.f_locals.get("self") for frame, _ in reversed(error.frames)]
+    replica: Any = next((owner for owner in owners if _is_replica(owner)), None)
     last = next((b for b in reversed(context.facts.backwards) if b.accumulates and not b.failed), None)
     if replica is None or last is None:
         return []
-    found: list[tuple[int, Node]] = []
-    for parameter in replica.parameters():
-        if isinstance(parameter, Tensor) and parameter.requires_grad and id(parameter) not in last.leaves:
-            found.append((id(parameter), context.tracer.parameter(parameter).node))
+    found: list[tuple[int, Node]] = [
+        (id(parameter), context.tracer.parameter(parameter).node)
+        for parameter in replica.parameters()
+        if isinstance(parameter, Tensor) and parameter.requires_grad and id(parameter) not in last.leaves
+    ]
     return found
 
 
-def _replica(value: Any) -> Any:
-    names = [cls.__name__ for cls in type(value).__mro__]
-    return value if "DistributedDataParallel" in names else None
+def _is_replica(value: Any) -> bool:
+    return any(cls.__name__ == "DistributedDataParallel" for cls in type(value).__mro__)
 
 
 def _why(context: Context, key: int, node: Node, unreached: Unreached) -> tuple[str, Any]:

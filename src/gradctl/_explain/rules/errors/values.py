@@ -37,11 +37,15 @@ def loss_not_tensor(context: Context) -> Iterable[Candidate]:
         why = found[1] if found is not None else "something that is no tensor was returned"
         confidence = 0.93
     yield Candidate(
-        "loss_not_tensor", where or error.here, f"backward() was called on a {kind}, not on a tensor: {number!r}"[:200],
-        why, confidence=(confidence if where is not None else 0.6) * error.certainty,
-        evidence=((error.here, "backward"), *error.callers), node=escape.node if escape is not None else None,
+        "loss_not_tensor",
+        where or error.here,
+        f"backward() was called on a {kind}, not on a tensor: {number!r}"[:200],
+        why,
+        confidence=(confidence if where is not None else 0.6) * error.certainty,
+        evidence=((error.here, "backward"), *error.callers),
+        node=escape.node if escape is not None else None,
         explains="error",
-    )  # fmt: skip
+    )
 
 
 def _escape(context: Context, error: Raised, number: Any) -> Escape | None:
@@ -77,11 +81,15 @@ def none_gradient(context: Context) -> Iterable[Candidate]:
     rebound = node.generation > 0
     word = node.op.strip("_")
     yield Candidate(
-        "param_rebound" if rebound else "non_leaf_grad", node.site,
+        "param_rebound" if rebound else "non_leaf_grad",
+        node.site,
         "the gradient is None: the name stands for a computed tensor, not for the leaf that backward() fills",
         f"the assignment here gave the name to the result of `{word}`; only leaves keep a gradient",
-        confidence=0.93 * error.certainty, evidence=((error.here, "read"),), node=node, explains="error",
-    )  # fmt: skip
+        confidence=0.93 * error.certainty,
+        evidence=((error.here, "read"),),
+        node=node,
+        explains="error",
+    )
 
 
 def empty_optimizer(context: Context) -> Iterable[Candidate]:
@@ -92,9 +100,14 @@ def empty_optimizer(context: Context) -> Iterable[Candidate]:
     found = _why_empty(context, error, error.frame)
     where, why = found if found is not None else (error.here, "what it was given yields no parameters")
     yield Candidate(
-        "empty_optimizer", where or error.here, "the optimizer got no parameters", why,
-        confidence=(0.93 if found is not None else 0.8) * error.certainty, evidence=((error.here, "optimizer made"),), explains="error",
-    )  # fmt: skip
+        "empty_optimizer",
+        where or error.here,
+        "the optimizer got no parameters",
+        why,
+        confidence=(0.93 if found is not None else 0.8) * error.certainty,
+        evidence=((error.here, "optimizer made"),),
+        explains="error",
+    )
 
 
 def _why_empty(context: Context, error: Raised, frame: FrameType) -> tuple[Site | None, str] | None:
