@@ -193,11 +193,11 @@ class Probe:
         """
         nodes = self._graph.nodes
         arrived: dict[Any, float | None] = {}
-        roots = {root.grad_fn for root in self._graph.roots}
+        roots: set[Any] = {root.grad_fn for root in self._graph.roots}
         swallowers: dict[Any, list[tuple[int, int]]] = {}
         first: tuple[int, int] | None = None
         for position in self._order:
-            function = nodes[position]
+            function: Any = nodes[position]
             came = 1.0 if function in roots else arrived.get(function)
             measured = self._seen.get(position, {}).get("incoming", came)
             lost: list[tuple[int, int]] = swallowers.get(function, [])

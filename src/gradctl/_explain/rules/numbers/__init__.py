@@ -1,4 +1,4 @@
-"""Numbers that went wrong: NaN and infinity, gradients of exactly zero or close to it, edits that backward cannot see."""
+"""Numbers that went wrong: NaN and infinity, gradients of zero or close to it, edits that backward cannot see."""
 
 from __future__ import annotations
 

@@ -11,14 +11,39 @@ from gradctl._lineage import Hit, Mutation, Node, Site
 
 _ZEROING = frozenset(["zero_", "zeros_", "fill_", "constant_", "mul_", "copy_", "_foreach_zero_"])
 _PASSING = frozenset(
-    ["linear", "matmul", "__matmul__", "mm", "bmm", "mul", "__mul__", "__rmul__", "dropout", "conv1d", "conv2d", "conv3d", "max_pool1d",
-     "max_pool2d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean", "sum", "cat", "stack", "div", "__truediv__",
-     "pow", "square", "sqrt"]
-)  # fmt: skip
+    [
+        "linear",
+        "matmul",
+        "__matmul__",
+        "mm",
+        "bmm",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "dropout",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "max_pool1d",
+        "max_pool2d",
+        "avg_pool2d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "mean",
+        "sum",
+        "cat",
+        "stack",
+        "div",
+        "__truediv__",
+        "pow",
+        "square",
+        "sqrt",
+    ]
+)
 
 
 def factor(context: Context, key: int, hit: Hit, node: Node, name: str) -> Swallowed | None:
-    """Return the verdict on a product that handed on exactly zero; None where no zero factor is seen, or it is meant."""
+    """Return the verdict on a product that handed on exactly zero; None where no factor is zero, or it is meant."""
     saved = hit.detail["saved"]
     operands = names.PRODUCTS.get(name, {}).get(hit.detail["edge"])
     if operands is None:
@@ -39,9 +64,13 @@ def factor(context: Context, key: int, hit: Hit, node: Node, name: str) -> Swall
     if name == "Mul" and not _has_tensor_factor(node):
         return Swallowed("zero_grad_factor", node.site, "the value is multiplied with the number 0", node, 0.35)
     return Swallowed(
-        "zero_grad_factor", node.site, f"`{named(node)}` multiplies with a tensor that is exactly zero", node, 0.85,
+        "zero_grad_factor",
+        node.site,
+        f"`{named(node)}` multiplies with a tensor that is exactly zero",
+        node,
+        0.85,
         evidence=((made.site, "where the zero factor was made"),) if made is not None and made.stack else (),
-    )  # fmt: skip
+    )
 
 
 def _has_tensor_factor(node: Node) -> bool:
@@ -58,10 +87,13 @@ def _zero_parameter(context: Context, key: int | None, factor_node: Node, node: 
     where = where or factor_node.site or node.site
     what = "multiplied with itself" if own else "its partner in the product"
     return Swallowed(
-        "zero_grad_factor", where,
+        "zero_grad_factor",
+        where,
         f"a parameter of zeros is {what} at `{named(node)}`, and gets a gradient of zero itself: neither can ever move",
-        node, 0.86, evidence=((node.site, "the product"),),
-    )  # fmt: skip
+        node,
+        0.86,
+        evidence=((node.site, "the product"),),
+    )
 
 
 def _dead_value(made: Node, node: Node) -> Swallowed | None:
@@ -80,7 +112,11 @@ def _dead_value(made: Node, node: Node) -> Swallowed | None:
             return Swallowed("zero_grad_clamp", at.site, f"`{op}` is 0 for all of its inputs", at, 0.75)
         if op in ("round", "floor", "trunc", "sign", "ceil"):
             return Swallowed("zero_grad_sign", at.site, f"`{op}` is 0 for all of its inputs", at, 0.75)
-        if op in _PASSING or op.endswith("__get__") or op in ("view", "reshape", "transpose", "permute", "flatten", "__getitem__", "t"):
+        if (
+            op in _PASSING
+            or op.endswith("__get__")
+            or op in ("view", "reshape", "transpose", "permute", "flatten", "__getitem__", "t")
+        ):
             queue += at.inputs
     return None
 
@@ -97,5 +133,9 @@ def _selection(hit: Hit, node: Node, name: str) -> Swallowed | None:
     if share not in (0.0, 1.0):
         return None
     return Swallowed(
-        "zero_grad_factor", node.site, f"`{named(node)}` selects nothing: its mask is {'all' if share == 0.0 else 'never'} set", node, 0.8
+        "zero_grad_factor",
+        node.site,
+        f"`{named(node)}` selects nothing: its mask is {'all' if share == 0.0 else 'never'} set",
+        node,
+        0.8,
     )

@@ -41,10 +41,11 @@ def custom_function_none(context: Context) -> Iterable[Candidate]:
         _, hit, what = group[0]
         where = return_line(function, hit.detail["edge"], what) or (hit.node.site if hit.node is not None else None)
         number = count(len(group), "parameter")
+        gets = "gets" if len(group) == 1 else "get"
         yield Candidate(
             "custom_function_none",
             where,
-            f"{number} {'gets' if len(group) == 1 else 'get'} {'no gradient' if what == 'None' else 'a gradient of zero'}",
+            f"{number} {gets} {'no gradient' if what == 'None' else 'a gradient of zero'}",
             f"{function.__qualname__}.backward returns {what} for an input that they stand behind",
             confidence=0.93 if what == "None" else 0.8,
             evidence=((hit.node.site, "where it is applied"),) if hit.node is not None else (),
@@ -96,8 +97,7 @@ def data_inplace_saved(context: Context) -> Iterable[Candidate]:
             "data_inplace_saved",
             place(mutation.stack),
             f"the gradient of {count(len(leaves), 'parameter')} is wrong, without an error",
-            f"{words} changes what `{function}` had saved for its backward; the version counter "
-            "does not see it",
+            f"{words} changes what `{function}` had saved for its backward; the version counter does not see it",
             confidence=0.85,
             evidence=((node.site, "where the value was saved"),),
             parameters=leaves,

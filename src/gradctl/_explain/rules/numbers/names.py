@@ -15,7 +15,9 @@ SOFTMAX = frozenset(["softmax", "log_softmax", "scaled_dot_product_attention", "
 LOG = frozenset(["log", "log2", "log10", "log1p", "logit", "xlogy", "xlog1py", "special_xlogy"])
 ROOT = frozenset(["sqrt", "rsqrt", "cdist", "norm"])
 POWER = frozenset(["pow", "__pow__", "__ipow__", "float_power"])
-DIVISION = frozenset(["div", "__truediv__", "__rtruediv__", "__rdiv__", "true_divide", "divide", "__itruediv__", "reciprocal"])
+DIVISION = frozenset(
+    ["div", "__truediv__", "__rtruediv__", "__rdiv__", "true_divide", "divide", "__itruediv__", "reciprocal"]
+)
 EXPONENTIAL = frozenset(["exp", "expm1", "exp2", "sinh", "cosh", "square", "cumprod", "prod", "softplus"])
 REDUCTION = frozenset(["mean", "std", "var", "nanmean", "median", "cross_entropy", "nll_loss", "std_mean", "var_mean"])
 
@@ -23,8 +25,20 @@ FLAT_RELU = ("Relu", "Threshold", "LeakyRelu", "Rrelu", "PreluKernel")
 FLAT_CLAMP = ("Clamp", "Hardtanh", "Hardsigmoid", "Hardswish", "Maximum", "Minimum")
 FLAT_STEP = ("Round", "Floor", "Ceil", "Trunc", "Sign", "Sgn", "Fix", "Heaviside", "FloorDivide")
 SATURATING = (
-    "Sigmoid", "Tanh", "Softmax", "LogSoftmax", "LogSigmoid", "Softplus", "Gelu", "Silu", "Mish", "Elu", "Erf", "Exp", "Celu",
-)  # fmt: skip
+    "Sigmoid",
+    "Tanh",
+    "Softmax",
+    "LogSoftmax",
+    "LogSigmoid",
+    "Softplus",
+    "Gelu",
+    "Silu",
+    "Mish",
+    "Elu",
+    "Erf",
+    "Exp",
+    "Celu",
+)
 PRODUCTS: dict[str, dict[int, tuple[str, ...]]] = {
     "Mul": {0: ("other",), 1: ("self",)},
     "Mm": {0: ("mat2",), 1: ("self",)},

@@ -69,7 +69,7 @@ def _loss_is_broken(found: NonfiniteFacts) -> bool:
 
 def _evidence(found: NonfiniteFacts, cause: _Cause) -> tuple[tuple[Site | None, str], ...]:
     stack = found.backward.stack
-    more = [(site(stack[0]), "backward")] if stack else []
+    more: list[tuple[Site | None, str]] = [(site(stack[0]), "backward")] if stack else []
     if found.hit is not None and found.hit.node is not None and found.hit.node.site != cause.place:
         more.insert(0, (found.hit.node.site, "where the gradient broke"))
     return tuple(more)
@@ -122,7 +122,9 @@ class _Flags:
         seen: set[int] = set()
         while id(flag.node) not in seen:
             seen.add(id(flag.node))
-            if names.operation(flag.node) in names.SOFTMAX and not any(s.nan or s.high for s in self.sources(flag.node)):
+            if names.operation(flag.node) in names.SOFTMAX and not any(
+                s.nan or s.high for s in self.sources(flag.node)
+            ):
                 return flag
             sources = [source for source in self.sources(flag.node) if not self.meant(source)]
             if not sources:
@@ -178,7 +180,9 @@ def _judge(context: Context, flag: Flag) -> _Cause:
     if any(0 in o["shape"] for o in operands) or (op in names.REDUCTION and finite and flag.nan):
         return cause("nonfinite", f"`{op}` of nothing is {what}" + _shapes(operands))
     if finite and not flag.nan and operands:
-        return cause("nan_overflow", f"`{op}` of numbers up to {_largest(operands):.3g} leaves the range of {node.dtype}")
+        return cause(
+            "nan_overflow", f"`{op}` of numbers up to {_largest(operands):.3g} leaves the range of {node.dtype}"
+        )
     if finite and operands:
         return cause("nonfinite", f"`{op}` of finite numbers ({_edge(operands[0])}) is {what}")
     return cause("nonfinite", f"`{op}` gives the first {what}", 0.75)
@@ -207,17 +211,24 @@ def _from_outside(context: Context, node: Node, source: Node) -> _Cause:
     op = names.operation(node)
     if not source.leaf or not source.trainable:
         return _Cause(
-            "nonfinite", node.site, f"the data that enters `{op}` holds NaN or infinity already", node, 0.85,
+            "nonfinite",
+            node.site,
+            f"the data that enters `{op}` holds NaN or infinity already",
+            node,
+            0.85,
             "clean the data first: x = torch.nan_to_num(x), or drop these rows",
-        )  # fmt: skip
+        )
     stepped = [o for o in context.facts.optimizers.values() if o.steps and o.last_step_stack]
     if stepped and context.facts.steps:
         last = max(stepped, key=lambda optimizer: optimizer.last_step_seq)
         return _Cause(
-            "nonfinite", site(last.last_step_stack[0]),
-            f"the parameter was finite and its gradients were; after this step of {last.name} it is not", node, 0.7,
+            "nonfinite",
+            site(last.last_step_stack[0]),
+            f"the parameter was finite and its gradients were; after this step of {last.name} it is not",
+            node,
+            0.7,
             "look at the learning rate, eps and betas of the optimizer",
-        )  # fmt: skip
+        )
     return _Cause("nonfinite", source.site or node.site, "the parameter itself starts with NaN or infinity", node, 0.8)
 
 
@@ -278,36 +289,49 @@ def _in_the_backward(context: Context, found: NonfiniteFacts) -> _Cause | None:
         if flag is not None and not flags.meant(flag):
             return _masked(_judge(context, flags.origin(flag)), selection, hit)
         if name.endswith("Softmax"):
-            return _Cause("nan_softmax_masked", hit.node.site, "a row is masked as a whole: its softmax is NaN", hit.node, 0.85)
+            return _Cause(
+                "nan_softmax_masked", hit.node.site, "a row is masked as a whole: its softmax is NaN", hit.node, 0.85
+            )
         if broken:
             return _masked(
                 _Cause("nonfinite", hit.node.site, f"`{hit.node.op}` saved a value that is not finite", hit.node, 0.8),
-                selection, hit,
-            )  # fmt: skip
+                selection,
+                hit,
+            )
     if masked is not False and selection == "where":
         return _Cause(
-            "nan_where", hit.node.site,
+            "nan_where",
+            hit.node.site,
             f"where() gives the branch that is not taken the gradient 0, and the slope of `{hit.node.op}` there is "
-            f"infinite{_operand(saved)}: 0 * inf = NaN", hit.node, 0.93,
-        )  # fmt: skip
+            f"infinite{_operand(saved)}: 0 * inf = NaN",
+            hit.node,
+            0.93,
+        )
     if name in ("Sqrt", "Rsqrt", "Norm", "Cdist", "EuclideanDist", "Hypot") or (name == "Pow" and _fraction(hit)):
         return _Cause(
             "nan_sqrt", hit.node.site, f"the slope of `{hit.node.op}` is infinite at 0{_operand(saved)}", hit.node, 0.93
         )
     if name.startswith(("Log", "Xlog")) and name not in ("LogSoftmax", "Logcumsumexp", "LogSigmoid"):
-        return _Cause("nan_log", hit.node.site, f"the slope of `{hit.node.op}` is infinite at 0{_operand(saved)}", hit.node, 0.92)
+        return _Cause(
+            "nan_log", hit.node.site, f"the slope of `{hit.node.op}` is infinite at 0{_operand(saved)}", hit.node, 0.92
+        )
     if found.largest > 1e18 or hit.magnitude > 1e18:
         return exploded(found)
     if masked and selection == "mask":
         return _Cause(
-            "nan_masked_late", hit.node.site,
+            "nan_masked_late",
+            hit.node.site,
             f"the mask comes after `{hit.node.op}`, whose slope is not finite there{_operand(saved)}: 0 * inf = NaN",
-            hit.node, 0.88,
-        )  # fmt: skip
+            hit.node,
+            0.88,
+        )
     return _Cause(
-        "nonfinite", hit.node.site, f"the slope of `{hit.node.op}` is not finite for the values it met{_operand(saved)}",
-        hit.node, 0.85,
-    )  # fmt: skip
+        "nonfinite",
+        hit.node.site,
+        f"the slope of `{hit.node.op}` is not finite for the values it met{_operand(saved)}",
+        hit.node,
+        0.85,
+    )
 
 
 def _masked(cause: _Cause, selection: str, hit: Hit) -> _Cause:
@@ -315,7 +339,9 @@ def _masked(cause: _Cause, selection: str, hit: Hit) -> _Cause:
     if cause.slug == "nan_softmax_masked":
         return cause
     if selection == "where":
-        return cause._replace(slug="nan_where", why=f"{cause.why}; where() drops it, and its gradient 0 * inf is NaN", fix="")
+        return cause._replace(
+            slug="nan_where", why=f"{cause.why}; where() drops it, and its gradient 0 * inf is NaN", fix=""
+        )
     return cause._replace(
         slug="nan_masked_late", why=f"{cause.why}; it is masked afterwards, and the gradient 0 * NaN is NaN", fix=""
     )
@@ -352,9 +378,12 @@ def exploded(found: NonfiniteFacts) -> _Cause:
         node, times, _ = found.growth[0]
     passes = f" in {times} passes through this line" if times > 3 else ""
     return _Cause(
-        "exploded_grad", node.site if node is not None else None,
-        f"the gradient grows{passes} to {found.largest:.1e}, and then leaves the range of its type", node, 0.88,
-    )  # fmt: skip
+        "exploded_grad",
+        node.site if node is not None else None,
+        f"the gradient grows{passes} to {found.largest:.1e}, and then leaves the range of its type",
+        node,
+        0.88,
+    )
 
 
 RULES: list[Rule] = [nonfinite]

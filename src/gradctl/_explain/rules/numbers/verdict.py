@@ -21,5 +21,13 @@ class Swallowed(NamedTuple):
 
 def named(node: Node) -> str:
     """Return the name of an operation as a person writes it."""
-    words = {"__mul__": "*", "__rmul__": "*", "__matmul__": "@", "__truediv__": "/", "__add__": "+", "__sub__": "-", "__pow__": "**"}
+    words = {
+        "__mul__": "*",
+        "__rmul__": "*",
+        "__matmul__": "@",
+        "__truediv__": "/",
+        "__add__": "+",
+        "__sub__": "-",
+        "__pow__": "**",
+    }
     return words.get(node.op, node.op.removesuffix(".apply"))

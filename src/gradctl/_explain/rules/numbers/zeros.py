@@ -79,13 +79,11 @@ def zero(context: Context) -> Iterable[Candidate]:
             groups[verdict.slug, verdict.place].append((entry, verdict))
     for entry in left:
         _join(entry, groups)
-    for (slug, place), group in groups.items():
-        yield _candidate(context, slug, place, group)
+    for (slug, where), group in groups.items():
+        yield _candidate(context, slug, where, group)
 
 
-def _candidate(
-    context: Context, slug: str, place: Site | None, group: list[tuple[_Silent, Swallowed]]
-) -> Candidate:
+def _candidate(context: Context, slug: str, where: Site | None, group: list[tuple[_Silent, Swallowed]]) -> Candidate:
     entry, verdict = max(group, key=lambda pair: pair[0].steps)
     number = count(len(group), "parameter")
     small = "exactly zero" if entry.hits[0].kind == "zero" else "vanishingly small"
@@ -98,7 +96,7 @@ def _candidate(
         confidence -= 0.02
     return Candidate(
         slug,
-        place,
+        where,
         f"{number} with a gradient of {small} {when}".strip(),
         verdict.why,
         verdict.fix,
@@ -156,20 +154,36 @@ def _explained(context: Context, entry: _Silent, hit: Hit) -> Swallowed | None:
         return None
     if name.startswith(names.FLAT_STEP):
         return Swallowed(
-            "zero_grad_sign", node.site, f"`{named(node)}` is flat between its jumps: its derivative is 0 everywhere", node, 0.95
+            "zero_grad_sign",
+            node.site,
+            f"`{named(node)}` is flat between its jumps: its derivative is 0 everywhere",
+            node,
+            0.95,
         )
     if name in ("Softmax", "LogSoftmax", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"):
-        if one := _over_one(hit, node, name):
+        one = _over_one(hit, node, name)
+        if one is not None:
             return one
     if name.startswith(names.FLAT_RELU):
         return _flat(context, entry, hit, node, "zero_grad_relu", "is 0 for all of its inputs, and so is its slope")
     if name.startswith(names.FLAT_CLAMP):
-        return _flat(context, entry, hit, node, "zero_grad_clamp", "has all of its inputs outside of the range, where its slope is 0")
+        return _flat(
+            context,
+            entry,
+            hit,
+            node,
+            "zero_grad_clamp",
+            "has all of its inputs outside of the range, where its slope is 0",
+        )
     if name.startswith(names.SATURATING):
+        out = hit.detail["size"] or 0.0
         return Swallowed(
-            "vanished_grad", node.site,
-            f"`{named(node)}` is saturated: a gradient of {hit.magnitude:.1e} comes out as {hit.detail['size'] or 0.0:.1e}", node, 0.85,
-        )  # fmt: skip
+            "vanished_grad",
+            node.site,
+            f"`{named(node)}` is saturated: a gradient of {hit.magnitude:.1e} comes out as {out:.1e}",
+            node,
+            0.85,
+        )
     if verdict := factor(context, entry.key, hit, node, name):
         return verdict
     return _underflow(hit, node)
@@ -193,9 +207,31 @@ def _root_of(context: Context, node: Node) -> Node | None:
 
 
 _REDUCING = frozenset(
-    ["mean", "sum", "max", "amax", "min", "amin", "square", "pow", "__pow__", "add", "__add__", "__radd__", "__iadd__", "stack", "cat",
-     "mul", "__mul__", "__rmul__", "div", "__truediv__", "logsumexp", "nanmean"]
-)  # fmt: skip
+    [
+        "mean",
+        "sum",
+        "max",
+        "amax",
+        "min",
+        "amin",
+        "square",
+        "pow",
+        "__pow__",
+        "add",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "stack",
+        "cat",
+        "mul",
+        "__mul__",
+        "__rmul__",
+        "div",
+        "__truediv__",
+        "logsumexp",
+        "nanmean",
+    ]
+)
 
 
 def _is_penalty(node: Node, root: Node) -> bool:
@@ -235,23 +271,32 @@ def _over_one(hit: Hit, node: Node, name: str) -> Swallowed | None:
     if not one:
         return None
     return Swallowed(
-        "zero_grad_size_one", node.site,
-        f"`{named(node)}` runs over a dimension of one entry: the result is the same whatever that entry is", node, 0.93,
-    )  # fmt: skip
+        "zero_grad_size_one",
+        node.site,
+        f"`{named(node)}` runs over a dimension of one entry: the result is the same whatever that entry is",
+        node,
+        0.93,
+    )
 
 
 def _cancels(hit: Hit, node: Node) -> Swallowed | None:
     """What arrives sums to zero: a value divided by its own norm, or less its own mean, over one entry."""
     stems = [(names.function(name), at) for name, at in hit.detail["after"][:6]]
     joins = [at for stem, at in stems if stem in ("Div", "Sub", "Rsub", "Mul")]
-    sums = any(stem.startswith(("Sum", "Mean", "Norm", "LinalgVectorNorm", "ClampMin", "Expand", "Max", "Amax")) for stem, _ in stems)
+    sums = any(
+        stem.startswith(("Sum", "Mean", "Norm", "LinalgVectorNorm", "ClampMin", "Expand", "Max", "Amax"))
+        for stem, _ in stems
+    )
     if not joins or not sums or 1 not in tuple(node.shape):
         return None
     at = joins[0] or node
     return Swallowed(
-        "zero_grad_size_one", at.site,
-        f"`{named(at)}` normalises over a dimension of one entry: the result is the same whatever that entry is", at, 0.7,
-    )  # fmt: skip
+        "zero_grad_size_one",
+        at.site,
+        f"`{named(at)}` normalises over a dimension of one entry: the result is the same whatever that entry is",
+        at,
+        0.7,
+    )
 
 
 def _hooked(context: Context, hit: Hit) -> Swallowed | None:
@@ -259,10 +304,14 @@ def _hooked(context: Context, hit: Hit) -> Swallowed | None:
         if hook.node is hit.node and hook.code is not None:
             where = Site(hook.code.co_filename, hook.code.co_firstlineno, hook.code.co_qualname)
             return Swallowed(
-                "grad_overwritten", where, f"a hook on the result of `{named(hook.node)}` returns a gradient of zero", hook.node, 0.85,
+                "grad_overwritten",
+                where,
+                f"a hook on the result of `{named(hook.node)}` returns a gradient of zero",
+                hook.node,
+                0.85,
                 "return None from the hook to leave the gradient as it is",
                 ((hook.node.site, "the value"), (place(hook.stack), "where the hook was registered")),
-            )  # fmt: skip
+            )
     return None
 
 
@@ -272,16 +321,19 @@ def _underflow(hit: Hit, node: Node) -> Swallowed | None:
     if names.function(hit.function).startswith(("Index", "Select", "Slice", "Gather", "Embedding", "Max", "Amax")):
         return None
     return Swallowed(
-        "zero_grad_underflow", node.site,
-        f"behind `{named(node)}` the gradient, {hit.magnitude:.1e}, falls below 6e-8, the smallest float16", node, 0.85,
-    )  # fmt: skip
+        "zero_grad_underflow",
+        node.site,
+        f"behind `{named(node)}` the gradient, {hit.magnitude:.1e}, falls below 6e-8, the smallest float16",
+        node,
+        0.85,
+    )
 
 
 def _join(entry: _Silent, groups: dict[tuple[str, Site | None], list[tuple[_Silent, Swallowed]]]) -> None:
     """Add what reads a dead value to the finding of that value: its own gradient is zero because its input is."""
     for group in groups.values():
         one, verdict = group[0]
-        if verdict.node is None or one.steps != entry.steps:
+        if one.steps != entry.steps:
             continue
         for hit in entry.hits:
             if hit.node is not None and (hit.node is verdict.node or _reads(hit.node, verdict)):

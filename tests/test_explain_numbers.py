@@ -1,0 +1,105 @@
+"""Numbers that went wrong: which line is blamed for NaN, zeros and wrong gradients, and what is left unblamed."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from explain_numbers_programs import BROKEN, HEAD, HEALTHY
+from gradctl._explain._tracing import Tracing
+from gradctl._lineage import Trace
+from gradctl._lineage._numbers import magnitude
+from gradctl._results import Finding
+
+
+def findings(tmp_path: Path, body: str) -> list[Finding]:
+    script = tmp_path / "program.py"
+    script.write_text(HEAD + body.lstrip("\n"))
+    tracing = Tracing(script=str(script))
+    tracing.start()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+        found = tracing.findings()
+    finally:
+        tracing.stop()
+    assert tracing.faults == []
+    return found
+
+
+def line_of(body: str) -> int:
+    lines = (HEAD + body.lstrip("\n")).splitlines()
+    return 1 + next(number for number, line in enumerate(lines) if "# cause" in line)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", BROKEN)
+def test_the_cause_is_found_at_its_line(name: str, tmp_path: Path) -> None:
+    slug, body = BROKEN[name]
+    first = findings(tmp_path, body)[0]
+    assert first.slug == slug
+    assert first.primary is not None
+    assert (first.primary.file, first.primary.line) == ("program.py", line_of(body))
+    assert first.confidence >= 0.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", HEALTHY)
+def test_what_is_meant_is_not_blamed(name: str, tmp_path: Path) -> None:
+    assert findings(tmp_path, HEALTHY[name]) == []
+
+
+def test_a_size_is_zero_tiny_or_not_finite_exactly_when_an_entry_says_so() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        zeros = torch.zeros(4, 6, dtype=dtype)
+        assert magnitude(zeros) == 0.0
+        for value in (float("nan"), float("inf"), float("-inf"), 1.0, -1e-6):
+            one = zeros.clone()
+            one[2, 3] = value
+            expected = one[2, 3].abs().item()
+            assert magnitude(one.t()) == pytest.approx(expected, nan_ok=True)
+    assert magnitude(torch.tensor([1.0, -1.0])) == 1.0
+    assert magnitude(torch.tensor([float("inf"), float("-inf")])) != magnitude(torch.tensor([1.0]))
+    assert magnitude(torch.full((4096,), 60000.0, dtype=torch.float16)) < float("inf")
+    assert magnitude(torch.full((8,), 1e-40)) == pytest.approx(1e-40, rel=1e-3)
+
+
+def test_looking_at_numbers_leaves_gradients_bitwise_equal() -> None:
+    def trained(*, traced: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 1))
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        trace = Trace()
+        if traced:
+            trace.start()
+        try:
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(torch.randn(9, 5)).pow(2).mean().backward()
+                optimizer.step()
+        finally:
+            trace.stop()
+        assert trace.tracer.faults == []
+        return [p.detach().clone() for p in model.parameters()]
+
+    for plain, looked_at in zip(trained(traced=False), trained(traced=True), strict=True):
+        assert torch.equal(plain, looked_at)
+
+
+def test_a_checkpoint_that_may_be_unpacked_once_still_runs(tmp_path: Path) -> None:
+    body = HEALTHY["checkpoint_with_an_edit_through_data"].replace("-100,100", "-0.1,0.1")
+    findings(tmp_path, body)
+
+
+def test_the_step_is_named_at_which_it_began(tmp_path: Path) -> None:
+    slug, body = BROKEN["softmax_of_a_masked_row"]
+    first = findings(tmp_path, body)[0]
+    assert first.slug == slug
+    assert first.symptom.startswith("from step 4 on")
+
+
+def test_the_operand_is_told(tmp_path: Path) -> None:
+    _, body = BROKEN["log_of_zero"]
+    assert "exactly 0" in findings(tmp_path, body)[0].why
