@@ -11,6 +11,7 @@ from torch import Tensor
 from gradctl._lineage._edits import watch_edits
 from gradctl._lineage._facts import BackwardFacts, ErrorFacts
 from gradctl._lineage._kept import find_kept
+from gradctl._lineage._mode import HookMode
 from gradctl._lineage._node import Node
 from gradctl._lineage._numbers import sizes_of
 from gradctl._lineage._probe import Probe
@@ -86,6 +87,8 @@ def _function_of(output: Any) -> Any:
 def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrap of the engine's `run_backward`."""
 
+    hooks = HookMode(tracer)
+
     def around(inner: Callable[..., Any]) -> Callable[..., Any]:
         def run_backward(outputs: Any, *args: Any, **kwargs: Any) -> Any:
             state = tracer.here
@@ -99,15 +102,14 @@ def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 tracer.disable(fault)
                 return inner(outputs, *args, **kwargs)
             state.silent += 1
-            state.engine += 1
             try:
-                out = inner(outputs, *args, **kwargs)
+                with hooks:
+                    out = inner(outputs, *args, **kwargs)
             except Exception as error:
                 _guarded(tracer, call.failed, error)
                 raise
             finally:
                 state.silent -= 1
-                state.engine -= 1
                 call.detach()
             _guarded(tracer, call.done, out)
             return out

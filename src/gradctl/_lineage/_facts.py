@@ -247,6 +247,7 @@ class Taken:
         stack: where that optimizer steps.
         keys: ids of the leaves.
         count: number of steps.
+        foreign: whether what replaced them came from gradients, and from those of other leaves only.
         whole: number of steps of which no gradient was left.
         at: the optimizer's own step numbers from 0, the last 50.
     """
@@ -258,6 +259,7 @@ class Taken:
     keys: set[int] = field(default_factory=set[int])
     count: int = 0
     whole: int = 0
+    foreign: bool = False
     at: list[int] = field(default_factory=list[int])
 
 

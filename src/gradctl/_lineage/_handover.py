@@ -82,6 +82,7 @@ def note_handover(
         entry.keys |= keys
         entry.count += 1
         entry.whole += len(keys) == arrived
+        entry.foreign = entry.foreign or bool(culprit.sources and not keys & culprit.sources.keys())
         entry.at.append(mine.steps)
         del entry.at[:-_REMEMBER]
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gradctl._lineage._facts import Held, Kept
-from gradctl._lineage._frames import Frames
+from gradctl._lineage._frames import Frames, site
 from gradctl._lineage._node import Node
 from gradctl._lineage._tracer import Tracer
 
@@ -47,11 +47,17 @@ def _behind(node: Node) -> set[int]:
     while queue and len(found) < 1000:
         at = queue.pop()
         for parent, alive in zip(at.inputs, at.live_inputs, strict=False):
-            if alive and parent.stack[:1] == node.stack[:1] and id(parent) not in seen:
+            if alive and id(parent) not in seen and _same_line(parent, node):
                 seen.add(id(parent))
                 found.add(parent.generation)
                 queue.append(parent)
     return found
+
+
+def _same_line(one: Node, other: Node) -> bool:
+    if not one.stack or not other.stack or one.stack[0][0] is not other.stack[0][0]:
+        return False
+    return one.stack[0][1] == other.stack[0][1] or site(one.stack[0]).line == site(other.stack[0]).line
 
 
 def _note(tracer: Tracer, key: Any, node: Node, generations: set[int], *, chained: bool) -> None:
@@ -117,6 +123,8 @@ def _name_of(container: Any, stack: list[tuple[Any, dict[str, Any]]]) -> Held | 
                 return Held(name, None, code, bounded)
     for referrer in gc.get_referrers(container):
         own = getattr(referrer, "__dict__", None)
+        if type(referrer).__module__.startswith("gradctl."):
+            return None
         if isinstance(own, dict) and not inspect.ismodule(referrer) and not isinstance(referrer, type):
             for name, value in own.items():
                 if value is container:

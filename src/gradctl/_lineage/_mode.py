@@ -48,8 +48,6 @@ class Mode(TorchFunctionMode):
             plan = self._plans[func] = plan_for(func, frozenset(HANDLERS))
         tracer, state = self._tracer, self._state
         if state.silent or tracer.blind():
-            if state.engine and (plan.in_place or plan.name in _OF_GRADIENTS) and not tracer.blind():
-                return _in_hook(tracer, plan, func, args, kwargs)
             return func(*args, **kwargs)
         if plan.kind == "pass":
             try:
@@ -137,6 +135,39 @@ class Mode(TorchFunctionMode):
         base = tensor._base
         if base is not None and not (is_leaf(base) and base.requires_grad):
             tracer.made(op, base, [*inputs, tracer.node(base)], [*live, base.requires_grad], stack).extra = "in place"
+
+
+class HookMode(TorchFunctionMode):
+    """Sees what the user's hooks do to gradients while the engine runs; what else runs there is no forward of the program.
+
+    Args:
+        tracer: where the facts go.
+    """
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._plans: dict[Any, Plan] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        plan = self._plans.get(func)
+        if plan is None:
+            plan = self._plans[func] = plan_for(func, frozenset(HANDLERS))
+        tracer = self._tracer
+        if plan.name in _OF_GRADIENTS and not tracer.blind():
+            return HANDLERS[plan.name](tracer, func, args, kwargs)
+        out = func(*args, **kwargs)
+        if plan.in_place and args and isinstance(args[0], Tensor) and not tracer.blind():
+            try:
+                owner = tracer.map.get(args[0])
+                if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
+                    tracer.grad_event("edit", [owner.extra], plan.name, tracer.frames.stack())
+            except Exception as fault:
+                tracer.disable(fault)
+        return out
 
 
 _NOTHING = contextlib.nullcontext()
@@ -403,23 +434,6 @@ def _hook_added(*, after: bool) -> Callable[..., Any]:
         _hook_registered(tracer, out, args, kwargs, after)
 
     return registered
-
-
-def _in_hook(
-    tracer: Tracer, plan: Plan, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """Note what a hook does to gradients while the engine runs; all else there is not the program's forward."""
-    if plan.kind == "special":
-        return HANDLERS[plan.name](tracer, func, args, kwargs)
-    out = func(*args, **kwargs)
-    try:
-        for tensor in tensors_in(args[:1], {}):
-            owner = tracer.map.get(tensor)
-            if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
-                tracer.grad_event("edit", [owner.extra], plan.name, tracer.frames.stack())
-    except Exception as fault:
-        tracer.disable(fault)
-    return out
 
 
 _OF_GRADIENTS = frozenset({"grad.__get__", "grad.__set__", "grad.__delete__"})

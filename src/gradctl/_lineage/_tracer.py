@@ -36,7 +36,6 @@ class ThreadState:
         off, suspended, inference, functions: open regions, innermost last; `suspended` are those that an
             `enable_grad` covers.
         optimizer: depth of optimizer steps (not counting closures), whose own operations are not the program's.
-        engine: depth of backwards that run now; hooks of the user may run in them.
         silent: depth of stretches that are not traced (the engine runs, or we look).
     """
 
@@ -47,7 +46,6 @@ class ThreadState:
         self.functions: list[Region] = []
         self.optimizer = 0
         self.silent = 0
-        self.engine = 0
 
     def region(self) -> Region | None:
         """The innermost stretch with gradients off."""

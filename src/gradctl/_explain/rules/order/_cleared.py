@@ -41,8 +41,8 @@ def zero_grad_misplaced(context: Context) -> Iterable[Candidate]:
             yield Candidate(
                 "zero_grad_misplaced" if by_optimizer else "grad_cleared",
                 place(event.stack),
-                f"{count(taken.whole, 'backward')} before {count(taken.count, 'step')} of {taken.optimizer.name} came to "
-                "nothing",
+                f"{count(taken.whole, 'backward')} before {count(taken.count, 'step')} of {taken.optimizer.name} "
+                "came to nothing",
                 f"{event.op} clears the gradients of one microbatch before the next one is added",
                 fix="clear once for each step, after step()",
                 confidence=0.8,
@@ -56,12 +56,13 @@ def zero_grad_misplaced(context: Context) -> Iterable[Candidate]:
 
 
 def grad_cleared(context: Context) -> Iterable[Candidate]:
-    """Find what else clears gradients between backward and step: `.grad = None`, `.grad.zero_()`, a hook, a callback."""
+    """Find what else clears gradients between backward and step: `.grad = None`, `.grad.zero_()`, a hook."""
     for taken in context.facts.taken.values():
         event = taken.event
         if taken.kind != "cleared" or (event.kind == "zero_grad" and _is_of_optimizer(context, event.op)):
             continue
-        what = {"none": ".grad is set to None", "zero_grad": f"{event.op}() runs"}.get(event.kind, ".grad is filled with zeros")
+        words = {"none": ".grad is set to None", "zero_grad": f"{event.op}() runs"}
+        what = words.get(event.kind, ".grad is filled with zeros")
         if goes_on(taken):
             yield _lost(taken, "grad_cleared", f"{what} here, between backward() and step()", 0.95)
         elif _recurs(taken):

@@ -21,13 +21,12 @@ def grad_overwritten(context: Context) -> Iterable[Candidate]:
         keys = {key for taken in found for key in taken.keys}
         last = max(found, key=lambda taken: taken.count)
         sources = last.event.sources or {}
-        others = sources.keys() - keys
         zeros = any(taken.kind == "zeroed" for taken in found)
         if zeros:
             how = "what this line leaves in .grad is exactly zero"
         elif not sources:
             how = "what this line writes into .grad does not come from any gradient"
-        elif others or any(key not in sources for key in keys):
+        elif any(taken.foreign for taken in found):
             how = "what this line writes into .grad comes from the gradient of another parameter"
         else:
             how = "what this line writes into .grad was read at an earlier step"
