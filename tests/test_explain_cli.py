@@ -576,11 +576,11 @@ class Net(nn.Module):
 
 net = nn.parallel.DistributedDataParallel(Net(), find_unused_parameters=True)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-print(f"rank {rank} trained" + os.linesep, end="", flush=True)
+for step in range(6):
     optimizer.zero_grad()
     net(torch.randn(16, 4)).square().mean().backward()
     optimizer.step()
-sys.stdout.write(f"rank {rank} trained\n")
+print(f"rank {rank} trained" + os.linesep, end="", flush=True)
 dist.destroy_process_group()
 """
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gradctl")
