@@ -466,6 +466,9 @@ class Facts:
     taken: dict[Any, Taken] = field(default_factory=dict[Any, Taken])
     shared: dict[tuple[int, int], Shared] = field(default_factory=dict[tuple[int, int], Shared])
     hooks: deque[HookFacts] = field(default_factory=lambda: deque[HookFacts](maxlen=500))
+    zeroed_by_hook: dict[int, tuple[OptimizerFacts, list[int]]] = field(
+        default_factory=dict[int, tuple[OptimizerFacts, list[int]]]
+    )
     strangers: dict[int, Stranger] = field(default_factory=dict[int, Stranger])
     differentiated: set[int] = field(default_factory=set[int])
     threads: int = 1

@@ -53,6 +53,8 @@ def note_handover(
         for key in event.ids:
             by_leaf.setdefault(key, []).append(event)
     _note_shared(tracer, mine, params, by_leaf, stack)
+    if tracer.facts.hooks:
+        _note_hooked(tracer, mine, params, states, backwards, by_leaf)
     if not by_leaf:
         return
     _note_discarded(tracer, mine, by_leaf, backwards, stack)
@@ -85,6 +87,26 @@ def note_handover(
         entry.foreign = entry.foreign or bool(culprit.sources and not keys & culprit.sources.keys())
         entry.at.append(mine.steps)
         del entry.at[:-_REMEMBER]
+
+
+def _note_hooked(
+    tracer: Tracer,
+    mine: OptimizerFacts,
+    params: Sequence[Tensor],
+    states: Sequence[GradState],
+    backwards: Sequence[BackwardFacts],
+    by_leaf: dict[int, list[GradEvent]],
+) -> None:
+    """Note leaves with hooks at which a gradient arrived and zeros were accumulated."""
+    hooked = {hook.tensor_id for hook in tracer.facts.hooks if not hook.after}
+    for p, state in zip(params, states, strict=True):
+        key = id(p)
+        if key not in hooked or key in by_leaf and any(e.seq > backwards[-1].seq for e in by_leaf[key]):
+            continue
+        if state == "zero" and key in backwards[-1].leaves and tracer.facts.parameters[key].norm:
+            at = tracer.facts.zeroed_by_hook.setdefault(key, (mine, []))[1]
+            at.append(mine.steps)
+            del at[:-_REMEMBER]
 
 
 def _judge(key: int, state: GradState, events: Sequence[GradEvent], since: int) -> tuple[str, GradEvent | None]:
