@@ -18,7 +18,7 @@ def diagnose(context: Context, *, notes: bool = False) -> list[Finding]:
         notes: show what is harmless or uncertain too, as notes.
     """
     with context.looking():
-        candidates = [candidate for rule in every_rule() for candidate in rule(context)]
+        candidates = _candidates(context)
         kept = _without_lesser(candidates)
         shown = [
             c for c in kept if notes or (c.confidence >= THRESHOLD and c.severity != "note" and c.place is not None)
@@ -28,6 +28,17 @@ def diagnose(context: Context, *, notes: bool = False) -> list[Finding]:
             {key for c in shown for key in c.parameters} | {k for c in shown for k in context.ids_on_path(c)}
         )
         return [_finding(context, c) for c in shown]
+
+
+def _candidates(context: Context) -> list[Candidate]:
+    """Ask all rules; a rule that fails is noted among the faults, and the others speak all the same."""
+    found: list[Candidate] = []
+    for rule in every_rule():
+        try:
+            found += list(rule(context))
+        except Exception as fault:
+            context.tracer.faults.append(f"{rule.__name__}: {type(fault).__name__}: {fault}")
+    return found
 
 
 def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:

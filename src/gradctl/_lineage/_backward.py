@@ -20,6 +20,7 @@ from gradctl._lineage._walk import ADDITIONS, meeting, sufficient_breaks, sum_of
 
 _HISTORY_EVERY = 3
 _HISTORY_LAST = 400
+_GRAPH_TELLS = ("graph a second time", "inplace operation", "been used in the graph", "returned an in", "require grad")
 
 
 class Graph:
@@ -166,18 +167,20 @@ class _Call:
             handle.remove()
 
     def failed(self, error: BaseException) -> None:
-        """Keep the graph: why it failed is asked when the findings are made."""
+        """Keep the graph where it tells why this failed, and until a backward succeeds: it holds what was saved."""
         self.facts.failed = True
         state = self.tracer.here
+        told = any(part in str(error) for part in _GRAPH_TELLS)
         self.tracer.facts.error = ErrorFacts(
             error, "backward", self.facts.roots, tuple([False] * len(self.facts.roots)), self.facts.stack,
-            backward=self.facts, graph=self.graph, grad_enabled=torch.is_grad_enabled(),
+            backward=self.facts, graph=self.graph if told else None, grad_enabled=torch.is_grad_enabled(),
             regions=open_regions(state),
         )  # fmt: skip
 
     def done(self, out: Any) -> None:
         """Write what this backward did."""
         tracer, facts, graph = self.tracer, self.tracer.facts, self.graph
+        facts.error = None
         leaves = graph.leaves()
         mine = self.facts
         if not mine.retain:
