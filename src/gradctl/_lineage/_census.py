@@ -203,7 +203,9 @@ def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
             items = list(value.values())
         elif isinstance(value, (list, tuple, set, frozenset)):
             items = list(value)
-        elif type(value).__module__ not in ("builtins", "torch") and not isinstance(value, type) and not callable(value):
+        elif (
+            type(value).__module__ not in ("builtins", "torch") and not isinstance(value, type) and not callable(value)
+        ):
             items = list(getattr(value, "__dict__", {}).values())
         for item in items[:_WIDTH]:
             yield from _tensors_in(item, depth + 1)

@@ -138,7 +138,7 @@ class Mode(TorchFunctionMode):
 
 
 class HookMode(TorchFunctionMode):
-    """Sees what the user's hooks do to gradients while the engine runs; what else runs there is no forward of the program.
+    """Sees what the user's hooks do to gradients while the engine runs; all else there is no forward of the program.
 
     Args:
         tracer: where the facts go.
@@ -160,9 +160,10 @@ class HookMode(TorchFunctionMode):
         if plan.name in _OF_GRADIENTS and not tracer.blind():
             return HANDLERS[plan.name](tracer, func, args, kwargs)
         out = func(*args, **kwargs)
-        if plan.in_place and args and isinstance(args[0], Tensor) and not tracer.blind():
+        changed: Any = args[0] if plan.in_place and args else None
+        if isinstance(changed, Tensor) and not tracer.blind():
             try:
-                owner = tracer.map.get(args[0])
+                owner = tracer.map.get(changed)
                 if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
                     tracer.grad_event("edit", [owner.extra], plan.name, tracer.frames.stack())
             except Exception as fault:

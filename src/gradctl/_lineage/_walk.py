@@ -224,7 +224,7 @@ _WALK = 200
 
 
 def sources_of(value: Node | None) -> dict[int, int] | None:
-    """Return whose gradients a value was computed from, with the order of the newest reading; None if that is unknown."""
+    """Return whose gradients a value was computed from, with the order of the newest reading; None if unknown."""
     if value is None:
         return None
     for node in upstream([value])[:_WALK]:

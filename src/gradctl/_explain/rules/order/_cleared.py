@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 from gradctl._explain._context import Candidate, Context, count, place
-from gradctl._lineage import OptimizerFacts, Taken
+from gradctl._lineage import OptimizerFacts, Site, Taken
 
 _TWICE = 2
 _MOST = 0.8
@@ -27,7 +28,7 @@ def _share(taken: Taken) -> float:
 
 def _recurs(taken: Taken) -> bool:
     """Whether it comes back through the whole run, at equal distances: a log line at every tenth step."""
-    gaps = [b - a for a, b in zip(taken.at, taken.at[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(taken.at)]
     regular = len(gaps) >= _TWICE and max(gaps) - min(gaps) <= 1
     return regular and taken.optimizer.steps - 1 - taken.at[-1] <= max(gaps) and taken.whole >= taken.count * _MOST
 
@@ -85,7 +86,7 @@ def _lost(taken: Taken, slug: str, why: str, confidence: float) -> Candidate:
     )
 
 
-def _callers(taken: Taken) -> list[tuple[object, str]]:
+def _callers(taken: Taken) -> list[tuple[Site | None, str]]:
     return [(place(taken.event.stack, depth), "called from") for depth in (1, 2) if len(taken.event.stack) > depth]
 
 
@@ -118,7 +119,7 @@ def missing_zero_grad(context: Context) -> Iterable[Candidate]:
         )
 
 
-def _backward_of(context: Context, optimizer: OptimizerFacts) -> list[tuple[object, str]]:
+def _backward_of(context: Context, optimizer: OptimizerFacts) -> list[tuple[Site | None, str]]:
     for backward in reversed(context.facts.backwards):
         if backward.accumulates and backward.leaves & optimizer.held:
             return [(place(backward.stack), "backward")]

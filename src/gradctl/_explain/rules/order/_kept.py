@@ -16,7 +16,7 @@ def history_kept(context: Context) -> Iterable[Candidate]:
     grouped: dict[Site, tuple[Kept, bool]] = {}
     for kept in context.facts.kept.values():
         everything = kept.count >= kept.seen_at - 1 - kept.oldest and kept.count >= _FEW
-        if kept.held is not None and kept.held.bounded or not (kept.grown or everything):
+        if (kept.held is not None and kept.held.bounded) or not (kept.grown or everything):
             continue
         made = kept.node.site
         stored = None
@@ -32,7 +32,9 @@ def history_kept(context: Context) -> Iterable[Candidate]:
             "history_kept",
             line,
             f"the graphs of {count(kept.count, 'backward')} were alive at once, and more with every step",
-            "each value made here holds the one before it" if kept.chained else f"{name} keeps values with their history",
+            "each value made here holds the one before it"
+            if kept.chained
+            else f"{name} keeps values with their history",
             confidence=0.9 if sure else 0.75,
             severity="warning",
             evidence=((kept.node.site, "made"),),

@@ -33,8 +33,8 @@ def grad_overwritten(context: Context) -> Iterable[Candidate]:
         yield Candidate(
             "grad_overwritten",
             line,
-            f"{count(last.count, 'step')} of {last.optimizer.steps} of {last.optimizer.name} did not use the gradients that "
-            f"backward() computed for {count(len(keys), 'parameter')}",
+            f"{count(last.count, 'step')} of {last.optimizer.steps} of {last.optimizer.name} did not use the gradients "
+            f"that backward() computed for {count(len(keys), 'parameter')}",
             f"{how}; it runs after backward() and before step()",
             confidence=0.95 if zeros else 0.9,
             evidence=((place(last.event.stack, 1), "called from"), (place(last.stack), "step")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -42,7 +43,7 @@ def frozen_params(context: Context) -> Iterable[Candidate]:
         if last.to or line is None:
             continue
         for optimizer in facts.optimizers.values():
-            steps = sum([1 for seq in optimizer.step_seqs if seq > last.seq])
+            steps = sum(seq > last.seq for seq in optimizer.step_seqs)
             if key not in optimizer.held or steps < _STEPS:
                 continue
             judged = _judge(facts, key, changes, optimizer)
@@ -99,7 +100,7 @@ def _judge(
     if not trained_since and again[-1].seq < opening.seq:
         how = "this line had closed it before; it was opened since, and is closed again before the first step"
         return how, 0.8, opened
-    undone = [(a, b) for a, b in zip(changes, changes[1:], strict=False) if not a.to and a.stack[:1] == last.stack[:1]]
+    undone = [(a, b) for a, b in itertools.pairwise(changes) if not a.to and a.stack[:1] == last.stack[:1]]
     at_once = [pair for pair in undone if not _steps_between(optimizer, *pair)]
     if len(at_once) >= _PAIRS and len(at_once) == len(undone):
         return "this line closes it, and every time but the last it was opened again before the next step", 0.8, opened
@@ -107,4 +108,4 @@ def _judge(
 
 
 def _steps_between(optimizer: OptimizerFacts, first: FlagChange, second: FlagChange) -> int:
-    return sum([1 for seq in optimizer.step_seqs if first.seq < seq < second.seq])
+    return sum(first.seq < seq < second.seq for seq in optimizer.step_seqs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from gradctl._explain._context import Candidate, Context, count, place
@@ -138,7 +138,7 @@ def _like(facts: Facts, key: int) -> tuple[object, ...]:
     return ()
 
 
-def _common(stacks: list[Stack], old: set[object]) -> Site | None:
+def _common(stacks: list[Stack], old: Container[object]) -> Site | None:
     """Return the innermost frame that all these stacks share and the old parameters do not, outside of constructors."""
     shared = [entry for entry in stacks[0] if all(entry in stack for stack in stacks[1:])]
     outside = [entry for entry in shared if entry[0].co_name != "__init__"]

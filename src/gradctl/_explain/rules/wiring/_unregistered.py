@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain.rules.wiring._attributes import line_of
 from gradctl._explain.rules.wiring._unheld import unheld
-from gradctl._lineage import Hidden, Stranger
+from gradctl._lineage import Hidden, Site, Stranger
 
 _TWICE = 2
 
@@ -67,13 +67,15 @@ def _grouped(context: Context, *, layers: bool) -> dict[Hidden, dict[int, Strang
     return found
 
 
-def _built(context: Context) -> list[tuple[object, str]]:
+def _built(context: Context) -> list[tuple[Site | None, str]]:
     optimizers = [o for o in context.facts.optimizers.values() if o.steps]
     return [(place(optimizer.stack), "optimizer built") for optimizer in optimizers[:1]]
 
 
 def _container(hidden: Hidden) -> str:
-    kind = ("ModuleDict" if hidden.mapping else "ModuleList") if hidden.layers else (
-        "ParameterDict" if hidden.mapping else "ParameterList"
+    kind = (
+        ("ModuleDict" if hidden.mapping else "ModuleList")
+        if hidden.layers
+        else ("ParameterDict" if hidden.mapping else "ParameterList")
     )
     return f"self.{hidden.name} = torch.nn.{kind}({'{...}' if hidden.mapping else '[...]'})"
