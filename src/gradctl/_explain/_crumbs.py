@@ -92,6 +92,8 @@ class CrumbMode(TorchFunctionMode):
         self.closed = False
         self.faults: list[BaseException] = []
         self.backwards = 0
+        self._opened = False
+        self._armed = True
         self._calls = 0
         self._found: dict[Any, Crumb] = {}
         self._reads: dict[Any, Crumb] = {}
@@ -115,6 +117,8 @@ class CrumbMode(TorchFunctionMode):
     def open(self) -> None:
         """Begin to look, in this thread."""
         self._calls = 0
+        self._armed = not self._opened
+        self._opened = True
         self.closed = False
         self.__enter__()
 
@@ -136,6 +140,7 @@ class CrumbMode(TorchFunctionMode):
         Args:
             functions: those that the backward has run.
         """
+        self._armed = True
         for function in functions:
             metadata = function.metadata
             crumb = metadata.get(_CRUMB)
@@ -163,7 +168,8 @@ class CrumbMode(TorchFunctionMode):
         return site((frame.f_code, frame.f_lasti))
 
     def _drop(self, slug: str, tensor: Tensor, text: str) -> None:
-        if len(self._found) >= _MOST or not torch.is_grad_enabled():
+        # What a backward has passed before these eyes were opened again bears no mark: wait for the next.
+        if not self._armed or len(self._found) >= _MOST or not torch.is_grad_enabled():
             return
         function: Any = grad_fn_of(tensor)
         if function is None or function.metadata.get(_PASSED):

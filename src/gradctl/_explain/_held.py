@@ -15,7 +15,7 @@ from gradctl._lineage._numbers import read_numbers
 
 DENSE = 3
 """Each of the first so many steps is looked at; later ones as far as their share of the time allows."""
-_SHARE = 0.01
+_SHARE = 0.004
 TINY = 1e-18
 _HUGE = 1e30
 
