@@ -99,7 +99,7 @@ def in_region(region: Region, what: str, where: Site | None) -> Cut:
         if region.library == "CheckpointFunction":
             why = "checkpoint(use_reentrant=True) records nothing when none of its inputs requires a gradient"
             return Cut("checkpoint_no_grad_input", entry, why, ran)
-        return Cut("custom_function_cut", entry, f"{what} ran inside of {region.library}.forward", ran, 0.6)
+        return Cut("nondiff_op", entry, f"{what} ran inside of {region.library}.forward", ran, 0.6)
     if region.library == "sample":
         why = "the distribution's sample() draws without a gradient; rsample() has one"
         return Cut("non_reparam_sample", entry, why, ran, 0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from gradctl._lineage._facts import ErrorFacts, FlagChange, HookFacts
 from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
-from gradctl._lineage._operations import REWRAPS, Plan, plan_for
+from gradctl._lineage._operations import ONE_TO_ONE, REWRAPS, Plan, plan_for
 from gradctl._lineage._single import NORMALISING, note_single
 from gradctl._lineage._tracer import Tracer, is_leaf, open_regions
 from gradctl._lineage._walk import sources_of
@@ -75,6 +76,8 @@ class Mode(TorchFunctionMode):
                         tensor.requires_grad and (node.live or node.leaf)
                         for tensor, node in zip(sources, inputs, strict=True)
                     ]
+                    if len(inputs) == 2 and inputs[0].grads and inputs[1].grads:
+                        _meets_itself(tracer, plan.name, tensors, inputs)
         except Exception as fault:
             tracer.disable(fault)
             return func(*args, **kwargs)
@@ -108,7 +111,11 @@ class Mode(TorchFunctionMode):
                 for output in outputs:
                     if any([output is tensor for tensor in tensors]):
                         continue
-                    node = tracer.made(plan.name, output, inputs, live, stack)
+                    if plan.name in ONE_TO_ONE and len(outputs) == len(inputs):
+                        position = next(n for n, item in enumerate(outputs) if item is output)
+                        node = tracer.made(plan.name, output, inputs[position:][:1], live[position:][:1], stack)
+                    else:
+                        node = tracer.made(plan.name, output, inputs, live, stack)
                     if scalars is None:
                         scalars = numbers_in(args) if plan.name in REWRAPS else tuple(
                             [value for value in args if type(value) in (float, int)]
@@ -369,6 +376,8 @@ def _grad_read(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str
         known = tracer.map.get(out)
         if user or known is None or known.op != "grad":
             is_gradient(tracer, tensor, out, known, tracer.frames.stack())
+            if user:
+                _read_anew(tracer, tensor, out, known)
     if not user:
         return
     facts.read_by_user.add(id(tensor))
@@ -410,6 +419,9 @@ def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         tracer.grad_event("none", [id(tensor)], "grad.__set__", stack)
         return
     known = tracer.map.get(value)
+    if before is value and known is not None and known.op == "grad" and known.scalars:
+        if known.scalars[0] != value._version and known.generation < tracer.facts.generation:
+            tracer.reused("put back", known, "grad.__set__", stack, id(tensor))
     frame = _caller()
     user = frame is not None and tracer.frames.is_user(frame.f_code.co_filename)
     sources = sources_of(known) if user else None
@@ -417,22 +429,61 @@ def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
     is_gradient(tracer, tensor, value, known, stack)
 
 
+def _grad_before(tracer: Tracer, args: tuple[Any, ...]) -> Any:
+    with torch._C.DisableTorchFunction():
+        return args[0].grad if is_leaf(args[0]) else None
+
+
+_grad_written.before = _grad_before  # type: ignore[attr-defined]
+
+
+def _read_anew(tracer: Tracer, tensor: Tensor, grad: Tensor, known: Node | None) -> None:
+    """Remember the version that the program has seen, and the first reading of the same tensor."""
+    node: Node = tracer.map.get(grad)
+    node.scalars = (grad._version,)
+    if known is None or known.op != "grad" or not known.scalars or known.generation == node.generation:
+        return
+    first = tracer.first_reads.get(grad)
+    if first is None:
+        tracer.first_reads.set(grad, known)
+    used = tracer.stale.get(grad)
+    if used is not None:
+        read, stack = used
+        tracer.stale.drop(grad)
+        tracer.reused("stale", read, "", stack, id(tensor))
+
+
+def _meets_itself(tracer: Tracer, op: str, tensors: list[Tensor], inputs: list[Node]) -> None:
+    """Note an operation whose two operands are one gradient tensor, or the same view of it."""
+    one, other = tensors[0], tensors[1]
+    grad = one
+    if one is not other:
+        if one._base is None or one._base is not other._base or one.data_ptr() != other.data_ptr():
+            return
+        grad = one._base
+        if one.shape != other.shape:
+            return
+    node = tracer.map.get(grad)
+    first = tracer.first_reads.get(grad)
+    if node is not None and node.op == "grad" and first is not None and isinstance(node.extra, int):
+        tracer.reused("same", first, op, tracer.frames.stack(), node.extra)
+
+
 def _grad_deleted(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
     tracer.grad_event("none", [id(args[0])], "del .grad", tracer.frames.stack())
 
 
-def _hook_registered(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
-    hook = args[1] if len(args) > 1 else kwargs.get("hook")
-    stack = tracer.frames.stack()
-    while hook is not None and not hasattr(hook, "__code__"):
-        inner = getattr(hook, "__func__", None) or getattr(hook, "func", None) or getattr(type(hook), "__call__", None)
-        hook = inner if inner is not hook and hasattr(inner, "__code__") else None
-    tracer.facts.hooks.append(HookFacts(id(args[0]), tracer.node(args[0]), getattr(hook, "__code__", None), before, stack))
-
-
 def _hook_added(*, after: bool) -> Callable[..., Any]:
     def registered(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[str, Any], before: Any) -> None:
-        _hook_registered(tracer, out, args, kwargs, after)
+        tensor = args[0]
+        hook: Any = args[1] if len(args) > 1 else kwargs.get("hook")
+        names = ("__code__", "__func__", "func")
+        code = hook
+        for _ in names:
+            code = next((inner for name in names if (inner := getattr(code, name, None)) is not None), code)
+        if not isinstance(code, CodeType):
+            code = getattr(getattr(type(hook), "__call__", None), "__code__", None)  # noqa: B004
+        tracer.facts.hooks.append(HookFacts(id(tensor), tracer.node(tensor), code, after, tracer.frames.stack()))
 
     return registered
 

@@ -33,6 +33,10 @@ _MAY_BE_IN_PLACE = frozenset(
     "relu dropout leaky_relu elu relu6 hardtanh silu selu celu rrelu hardswish hardsigmoid threshold mish "
     "alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout batch_norm normalize".split()
 )
+ONE_TO_ONE = frozenset(
+    {"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d", "align_tensors"}
+)
+"""Operations on several tensors whose outputs belong to the inputs one by one."""
 VIEWS = frozenset(
     "view reshape permute transpose t squeeze unsqueeze expand flatten unflatten chunk split unbind __getitem__ select "
     "narrow expand_as view_as swapaxes movedim contiguous detach T mT __iter__ diagonal unfold detach_ requires_grad_ "

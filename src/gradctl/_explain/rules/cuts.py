@@ -108,7 +108,8 @@ def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], erro
 def frozen_by(stack: Sequence[tuple[object, int]]) -> tuple[object, tuple[tuple[object, str], ...]]:
     """Return the line that decided to freeze: the innermost that is not the flag's own assignment in a helper."""
     places = [site(entry) for entry in stack]  # type: ignore[arg-type]
-    chosen = next((p for p in places if "requires_grad" not in source(p)), places[0] if places else None)
+    inside = next((n for n, p in enumerate(places) if p.function == "<module>"), len(places)) + 1
+    chosen = next((p for p in places[:inside] if "requires_grad" not in source(p)), places[0] if places else None)
     return chosen, tuple((p, "frozen") for p in places if p != chosen)
 
 

@@ -237,7 +237,7 @@ def dead_term(context: Context) -> Iterable[Candidate]:
         cut = describe(node)
         leaves = live_leaves(node)
         ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves)
-        if not ids or cut.slug == "custom_function_cut":
+        if not ids:
             continue
         yield Candidate(
             cut.slug, cut.place, f"a term of the loss is a constant: it was added in {count(times, 'backward')} and trains nothing",
