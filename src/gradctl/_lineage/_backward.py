@@ -87,7 +87,6 @@ def _function_of(output: Any) -> Any:
 
 def wrap(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Return the wrap of the engine's `run_backward`."""
-
     hooks = HookMode(tracer)
 
     def around(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Who owns a leaf whose gradient no optimizer uses: asked while the program's objects are alive, kept as plain facts."""
+"""Who owns a leaf whose gradient no optimizer uses: asked while the program runs, kept as plain facts."""
 
 from __future__ import annotations
 

@@ -296,6 +296,27 @@ class Kept:
 
 
 @dataclass(slots=True)
+class Reused:
+    """A gradient tensor that was read at one step was used again when it had become the gradient of another step.
+
+    Attributes:
+        read: the reading.
+        kind: "same" (it met itself in one operation), "stale" (used after it had changed, then read anew), "put back"
+            (assigned to `.grad`, where it was already).
+        op: the operation that used it.
+        stack: where.
+        count: how often.
+    """
+
+    read: Node
+    kind: str
+    op: str
+    stack: Stack
+    count: int = 0
+    keys: set[int] = field(default_factory=set[int])
+
+
+@dataclass(slots=True)
 class Shared:
     """Two parameters had gradients in the same memory at a step.
 
@@ -465,6 +486,7 @@ class Facts:
     modules_set: list[Placement] = field(default_factory=list[Placement])
     taken: dict[Any, Taken] = field(default_factory=dict[Any, Taken])
     shared: dict[tuple[int, int], Shared] = field(default_factory=dict[tuple[int, int], Shared])
+    reused: dict[Any, Reused] = field(default_factory=dict[Any, Reused])
     hooks: deque[HookFacts] = field(default_factory=lambda: deque[HookFacts](maxlen=500))
     zeroed_by_hook: dict[int, tuple[OptimizerFacts, list[int]]] = field(
         default_factory=dict[int, tuple[OptimizerFacts, list[int]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,7 +102,7 @@ def _note_hooked(
     hooked = {hook.tensor_id for hook in tracer.facts.hooks if not hook.after}
     for p, state in zip(params, states, strict=True):
         key = id(p)
-        if key not in hooked or key in by_leaf and any(e.seq > backwards[-1].seq for e in by_leaf[key]):
+        if key not in hooked or any(e.seq > backwards[-1].seq for e in by_leaf.get(key, ())):
             continue
         if state == "zero" and key in backwards[-1].leaves and tracer.facts.parameters[key].norm:
             at = tracer.facts.zeroed_by_hook.setdefault(key, (mine, []))[1]
@@ -110,7 +111,7 @@ def _note_hooked(
 
 
 def _judge(key: int, state: GradState, events: Sequence[GradEvent], since: int) -> tuple[str, GradEvent | None]:
-    """Go through what touched one gradient after its last backward; return what the step misses, and which event it was."""
+    """Go through what touched one gradient after its last backward; return what the step misses, and the event."""
     culprit: GradEvent | None = None
     kind = ""
     for event in events:
@@ -144,7 +145,7 @@ def _note_discarded(
     for key in sorted(used)[:1]:
         if key in tracer.facts.read_by_user:
             return
-        for first, second in zip(same, same[1:], strict=False):
+        for first, second in itertools.pairwise(same):
             between = [e for e in by_leaf.get(key, ()) if first.seq < e.seq < second.seq]
             cleared = next((e for e in between if e.kind in ("zero_grad", "none") or e.op in CLEARS), None)
             if cleared is None or any(e.kind in ("set", "edit") and e.op not in CLEARS for e in between):

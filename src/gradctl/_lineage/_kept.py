@@ -32,8 +32,8 @@ def find_kept(tracer: Tracer) -> None:
         behind = _behind(node)
         if len(behind) > len(chains.get(key, ())):
             chains[key] = behind
-    for key, found in groups.items():
-        chain = chains[key]
+    for key, chain in chains.items():
+        found = groups[key]
         generations = chain if len(chain) > len(found) else set(found)
         if len(generations) >= _FEWEST:
             _note(tracer, key, found[max(found)], generations, chained=len(chain) > len(found))

@@ -157,6 +157,10 @@ class TensorMap:
         self._entries[entry.key] = entry
         return entry
 
+    def drop(self, tensor: Tensor) -> None:
+        """Forget the value of that tensor."""
+        self._entries.pop(id(tensor), None)
+
     def items(self) -> list[tuple[Tensor, Any]]:
         """Return what is alive now; the list holds the tensors only as long as the caller does."""
         return [(tensor, entry.value) for entry in list(self._entries.values()) if (tensor := entry()) is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradctl import _torch_private as private
-from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, ParameterFacts
+from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, ParameterFacts, Reused
 from gradctl._lineage._forward import ForwardCheck
 from gradctl._lineage._frames import Frames, Stack
 from gradctl._lineage._node import Node, Region, TensorMap
@@ -78,6 +78,8 @@ class Tracer:
         self.map = TensorMap()
         self.defined = TensorMap()
         self.created = TensorMap()
+        self.stale = TensorMap()
+        self.first_reads = TensorMap()
         self.of_library = TensorMap()
         self.through_data = TensorMap()
         self.constants_made = -1
@@ -162,7 +164,18 @@ class Tracer:
         if found.leaf:
             found.requires_grad = tensor.requires_grad
             found.trainable = found.trainable or found.requires_grad
+        elif found.op == "grad" and found.generation < self.facts.generation:
+            self._old_gradient(found, tensor)
         return found
+
+    def _old_gradient(self, node: Node, tensor: Tensor) -> None:
+        """Note that the program uses a gradient which it has read before it became that of a later backward."""
+        if node.scalars and node.scalars[0] != tensor._version and not self.here.silent:
+            frame: Any = sys._getframe(1)
+            while frame is not None and frame.f_code.co_filename.endswith(("_tracer.py", "_mode.py", "overrides.py")):
+                frame = frame.f_back
+            if frame is not None and self.frames.is_user(frame.f_code.co_filename):
+                self.stale.set(tensor, (node, self.frames.stack()))
 
     def made(self, op: str, tensor: Tensor, inputs: Sequence[Node], live_inputs: Sequence[bool], stack: Stack) -> Node:
         """Return the new node of an operation's output."""
@@ -287,6 +300,8 @@ class Tracer:
             owner = self.map.get(base)
         if not isinstance(owner, Node) or owner.op != "grad" or not isinstance(owner.extra, int):
             return
+        if owner.scalars:
+            owner.scalars = (tensor._version if base is None else base._version,)
         others: list[Tensor] = []
         if op.startswith("_foreach_") and len(operands) > 1:
             half = len(operands) // 2
@@ -307,6 +322,12 @@ class Tracer:
             log = [node for key in sorted(self.log) for node in self.log[key]]
             unreached = Unreached(roots, tuple(self.facts.escapes), log)
             parameter.explained.append((-1, *unreached.why(parameter.node)))
+
+    def reused(self, kind: str, read: Node, op: str, stack: Stack, key: int) -> None:
+        """Note one use of a gradient that is not what it was when it was read."""
+        entry = self.facts.reused.setdefault((kind, read.stack[:1], stack[:1]), Reused(read, kind, op, stack))
+        entry.count += 1
+        entry.keys.add(key)
 
     def grad_event(
         self,

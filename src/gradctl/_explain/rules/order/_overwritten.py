@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 
 from gradctl._explain._context import Candidate, Context, count, place
+from gradctl._explain._source import source_of
 from gradctl._explain.rules.order._cleared import goes_on
-from gradctl._lineage import Shared, Site, Taken
+from gradctl._lineage import Reused, Shared, Site, Taken
 
 _TWICE = 2
 
@@ -74,3 +76,40 @@ def grad_aliased(context: Context) -> Iterable[Candidate]:
             explains="wrong",
             measured={"steps": float(shared.count)},
         )
+
+
+def grad_read_late(context: Context) -> Iterable[Candidate]:
+    """Find gradients that were kept without a copy, and used when a later backward had written into them."""
+    for reused in context.facts.reused.values():
+        if reused.count < _TWICE or (reused.kind == "same" and not _differ(reused)):
+            continue
+        how = {
+            "same": "here it is compared with the gradient of a later backward, which is the same tensor by now",
+            "stale": "when it is used here, a later backward or zero_grad() has changed it",
+            "put back": "when it is put back here, it is what .grad holds already",
+        }[reused.kind]
+        yield Candidate(
+            "grad_aliased",
+            place(reused.read.stack),
+            f"{count(len(reused.keys), 'gradient')} kept here changed {count(reused.count, 'time')} before being used",
+            f"p.grad is not a copy, and backward() adds into it; {how}",
+            fix="keep a copy: [p.grad.clone() for p in params]",
+            confidence=0.9,
+            evidence=((place(reused.stack), "used"),),
+            parameters=tuple(sorted(reused.keys)),
+            explains="wrong",
+        )
+
+
+def _differ(reused: Reused) -> bool:
+    """Whether the operands of an operation are written as two different things: `a * b`, not `g * g`."""
+    source = source_of(reused.stack[0]) if reused.stack else None
+    found = source.expression(reused.stack[0]) if source is not None else None
+    if isinstance(found, ast.BinOp):
+        return ast.dump(found.left) != ast.dump(found.right)
+    if isinstance(found, ast.Call):
+        operands = [ast.dump(argument) for argument in found.args[:2]]
+        if len(operands) == 1 and isinstance(found.func, ast.Attribute):
+            operands.append(ast.dump(found.func.value))
+        return len(operands) == 2 and operands[0] != operands[1]
+    return False

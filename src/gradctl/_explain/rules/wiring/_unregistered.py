@@ -19,8 +19,8 @@ def unregistered_module(context: Context) -> Iterable[Candidate]:
         yield Candidate(
             "unregistered_module",
             line_of(hidden.owner, hidden.name, first.stack),
-            f"{count(len(found), 'parameter')} of {hidden.owner.__name__}.{hidden.name} get gradients, and parameters() "
-            "does not list them",
+            f"{count(len(found), 'parameter')} of {hidden.owner.__name__}.{hidden.name} get gradients, and "
+            "parameters() does not list them",
             f"nn.Module does not look into a {hidden.kind}: what is in it is not registered, and no optimizer gets it",
             fix=_container(hidden),
             # One module that is in eval mode, in a list of its own, is the known way to hide it from parameters().
