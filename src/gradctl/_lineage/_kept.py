@@ -36,7 +36,7 @@ def find_kept(tracer: Tracer) -> None:
         found = groups[key]
         generations = chain if len(chain) > len(found) else set(found)
         if len(generations) >= _FEWEST:
-            _note(tracer, key, found[max(found)], generations, chained=len(chain) > len(found))
+            _note(tracer, key, found, generations, chained=len(chain) > len(found))
 
 
 def _behind(node: Node) -> set[int]:
@@ -60,8 +60,8 @@ def _same_line(one: Node, other: Node) -> bool:
     return one.stack[0][1] == other.stack[0][1] or site(one.stack[0]).line == site(other.stack[0]).line
 
 
-def _note(tracer: Tracer, key: Any, node: Node, generations: set[int], *, chained: bool) -> None:
-    facts = tracer.facts
+def _note(tracer: Tracer, key: Any, found: dict[int, Node], generations: set[int], *, chained: bool) -> None:
+    facts, node = tracer.facts, found[max(found)]
     steps = {facts.step_at[g] for g in generations if g < len(facts.step_at)} if facts.steps else generations
     if len(steps) < _FEWEST:
         return
@@ -76,7 +76,7 @@ def _note(tracer: Tracer, key: Any, node: Node, generations: set[int], *, chaine
     kept.count, kept.oldest, kept.seen_at = len(generations), min(generations), facts.generation
     if not chained and kept.held is None and facts.searches < _SEARCHES:
         facts.searches += 1
-        tensor = node.tensor()
+        tensor = found[min(found)].tensor()  # the newest may not have been stored yet
         if tensor is not None:
             kept.held = _holder(tensor, tracer.frames)
 

@@ -298,6 +298,8 @@ class Tracer:
         whole = base is None or base.numel() == tensor.numel()
         if owner is None and base is not None:
             owner = self.map.get(base)
+        if isinstance(owner, Node) and owner.op in ("detach", "view", "view_as", "data.__get__") and owner.inputs:
+            owner = owner.inputs[0]  # the same numbers under another shape or name
         if not isinstance(owner, Node) or owner.op != "grad" or not isinstance(owner.extra, int):
             return
         if owner.scalars:
