@@ -9,7 +9,7 @@ from typing import Any
 from torch.nn import Module
 
 from gradctl._errors import UsageError
-from gradctl._explain import examine
+from gradctl._explain import check, examine
 from gradctl._results import Finding
 
 __all__ = ["assert_gradients_flow"]
@@ -35,7 +35,9 @@ def assert_gradients_flow(step: Callable[[], Any], model: Module, *, except_: Se
         AssertionError: a parameter got none; says which, with the explanation that `gradctl.explain` gives.
         UsageError: an argument does not fit, a pattern matches no parameter, or the model requires no gradient at all.
     """
-    examined = examine(step, model, None, calls=1)
+    check(model, None)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UsageError("no parameter of the model requires a gradient", fix="leave some of them trainable")
     names = [name for name, _ in model.named_parameters()]
     patterns = [except_] if isinstance(except_, str) else list(except_)
     for pattern in patterns:
@@ -44,8 +46,7 @@ def assert_gradients_flow(step: Callable[[], Any], model: Module, *, except_: Se
                 f"except_ names {pattern!r}, which is no parameter of the model",
                 fix="give FQNs or patterns as named_parameters() spells them, for example 'encoder.*'",
             )
-    if not examined.states and not examined.findings:
-        raise UsageError("no parameter of the model requires a gradient", fix="leave some of them trainable")
+    examined = examine(step, model, None, calls=1)
 
     def asked(name: str) -> bool:
         return not any(fnmatchcase(name, pattern) for pattern in patterns)

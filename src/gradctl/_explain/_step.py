@@ -35,7 +35,7 @@ def explain(
 ) -> Findings:
     """Say what is wrong with the gradients of one training step: the file and line, why, and the fix.
 
-    A function is called traced, a second time if the first call shows nothing: some faults need two steps. It may
+    A function is called traced, a second time if the first call shows no error: some faults need two steps. It may
     return its loss (shape [], or a mapping or object with a `loss`): then backward is run on it here, and every
     `.grad` is left as it was found. Or it calls backward, and the optimizer, itself. Of a tensor only its graph is
     known: which parameters it reaches, not where it was cut; `remarks` of the result says so.
@@ -173,7 +173,7 @@ class _Step:
                 except Exception as raised:
                     error, number = raised, None
                 found = tracing.findings(error) if number is None else [number]
-                if error is not None or any(f.severity != "note" for f in found):
+                if error is not None or any(f.severity == "error" for f in found):
                     break
             states = self._states()
         finally:

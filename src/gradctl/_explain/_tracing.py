@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradctl._errors import UsageError
 from gradctl._explain._context import Context
@@ -68,6 +71,7 @@ class Tracing:
         self._next_look = _FEWEST
         self._named = 0
         self._asked = 0
+        self._older: list[weakref.ref[Optimizer]] = []
         self._done = False
         self._found: list[Finding] | None = None
         self._trace = Trace(into=into, script=script, on_step=self._stepped)
@@ -107,6 +111,8 @@ class Tracing:
             )
         _current = self
         self._running = True
+        if self._limit is not None:
+            self._older = [weakref.ref(o) for o in _optimizers()]
         if self._at_step is not None:
             self._trace.tracer.numerics = self._at_step <= _SETTLE
         try:
@@ -236,8 +242,10 @@ class Tracing:
         return max([_FEWEST, *(step + _SETTLE for step in begun), (self._at_step or 0) + _SETTLE])
 
     def _reached(self, limit: int) -> bool:
-        made = [o.steps for o in self._trace.tracer.facts.optimizers.values() if o.ref() is not None]
-        return bool(made) and (min(made) >= limit or max(made) > limit)
+        made = {id(o.ref()): o.steps for o in self._trace.tracer.facts.optimizers.values() if o.ref() is not None}
+        others = any(o is not None and id(o) not in made for o in (ref() for ref in self._older))
+        # All optimizers shall make so many steps; one that makes more shows that another may never do.
+        return bool(made) and (max(made.values()) > limit or (min(made.values()) >= limit and not others))
 
     def _name_held(self) -> None:
         """Look for names while the functions that hold the models are still running."""
@@ -245,3 +253,9 @@ class Tracing:
         if self._named != len(held):
             self._named = len(held)
             self._context.name_all(held)
+
+
+def _optimizers() -> list[Optimizer]:
+    """Return the optimizers of this process, without those that only pass on to another one."""
+    found = [o for o in gc.get_objects() if issubclass(type(o), Optimizer)]
+    return [o for o in found if not any(issubclass(type(value), Optimizer) for value in vars(o).values())]
