@@ -32,7 +32,10 @@ class Escape(NamedTuple):
 
 
 class Mutation(NamedTuple):
-    """An in-place operation raised the version of a tensor. `through_data`: the tensor was obtained by `.data`."""
+    """An in-place operation raised the version of a tensor.
+
+    `through_data`: the tensor was obtained by `.data`; `tensor_id` is then the id of the one whose `.data` it is.
+    """
 
     storage: int
     shape: tuple[int, ...]
@@ -70,7 +73,7 @@ class FlagChange(NamedTuple):
 class Placement(NamedTuple):
     """A parameter or a module was set as an attribute of a module.
 
-    `before` is what stood there until then, None where nothing did.
+    `key` is the id of the value; `before` is what stood there until then, None where nothing did.
     """
 
     owner: weakref.ref[Any]
@@ -79,6 +82,7 @@ class Placement(NamedTuple):
     before: weakref.ref[Any] | None
     stack: Stack
     seq: int
+    key: int
 
 
 class HookFacts(NamedTuple):
@@ -157,6 +161,7 @@ class OptimizerFacts:
     seq: int
     name: str
     held: frozenset[int] = frozenset()
+    empty_groups: tuple[int, ...] = ()
     steps: int = 0
     last_grads: dict[int, int] = field(default_factory=dict)
     last_step_seq: int = -1

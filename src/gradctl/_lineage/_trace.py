@@ -317,7 +317,7 @@ def _placement(tracer: Tracer, owner: Any, name: str, value: Any, slots: Any, st
         weakref.ref(value),
         None if before is None else weakref.ref(before),
         stack,
-        tracer.seq(),
+        tracer.seq(), id(value),
     )
 
 

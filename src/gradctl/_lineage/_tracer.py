@@ -271,7 +271,8 @@ class Tracer:
             facts.mutations.append(
                 Mutation(
                     storage_of(tensor), tuple(tensor.shape), None if base is None else tuple(base.shape),
-                    before, after, stack, op, facts.generation, self.seq(), optimizer, data is not None, id(tensor),
+                    before, after, stack, op, facts.generation, self.seq(), optimizer, data is not None,
+                    id(tensor) if data is None else data,
                 )
             )  # fmt: skip
             if not optimizer:
