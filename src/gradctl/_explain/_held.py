@@ -178,7 +178,7 @@ def largest(tensors: Sequence[Tensor]) -> list[float | None]:
     norms: list[Tensor] = []
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
         for position, tensor in enumerate(tensors):
-            if type(tensor) not in (Tensor, Parameter) or tensor.device.type == "meta":
+            if type(tensor) not in (Tensor, Parameter) or tensor.device.type == "meta" or tensor.is_nested:
                 continue
             if tensor.layout is torch.sparse_coo:
                 tensor = tensor._values()

@@ -23,6 +23,7 @@ def readable(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
         and tensor.device.type != "meta"
+        and not tensor.is_nested
         and tensor.numel() > 0
     )
 

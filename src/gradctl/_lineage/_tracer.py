@@ -138,7 +138,7 @@ class Tracer:
         node.leaf = grad_fn is None
         node.live = grad_fn is not None
         node.trainable = node.requires_grad or isinstance(tensor, Parameter)
-        node.shape = tuple(tensor.shape)
+        node.shape = shape_of(tensor)
         node.dtype = tensor.dtype
         node.storage = storage_of(tensor)
         node.ref = self.map.set(tensor, node)
@@ -183,7 +183,7 @@ class Tracer:
         node.requires_grad = tensor.requires_grad
         grad_fn = grad_fn_of(tensor)
         node.live = grad_fn is not None
-        node.shape = tensor.shape
+        node.shape = shape_of(tensor)
         node.dtype = dtype = tensor.dtype
         node.storage = storage_of(tensor)
         any_live = True in node.live_inputs
@@ -270,7 +270,7 @@ class Tracer:
                 data = self.through_data.get(base)
             facts.mutations.append(
                 Mutation(
-                    storage_of(tensor), tuple(tensor.shape), None if base is None else tuple(base.shape),
+                    storage_of(tensor), shape_of(tensor), None if base is None else shape_of(base),
                     before, after, stack, op, facts.generation, self.seq(), optimizer, data is not None,
                     id(tensor) if data is None else data,
                 )
@@ -376,6 +376,14 @@ def is_leaf(tensor: Tensor) -> bool:
         return tensor.is_leaf
     except RuntimeError:
         return False
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return the shape; empty where asking raises, as for a nested tensor."""
+    try:
+        return tensor.shape
+    except RuntimeError:
+        return ()
 
 
 def open_regions(state: ThreadState) -> tuple[Region, ...]:
