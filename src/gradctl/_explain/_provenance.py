@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Sequence
+from types import CodeType
 from typing import NamedTuple
 
 from gradctl._explain._source import (
@@ -42,11 +43,17 @@ class Carrier(NamedTuple):
     stored: Site | None = None
 
 
-def carrier(use: Stack, made: Stack) -> Carrier | None:
+def carrier(use: Stack, made: Stack, outlived: Stack) -> Carrier | None:
     """Return the variable that carried a value made at `made` to a use at `use`; None if the source does not tell.
 
     A local variable of a loop is read in the frame of the loop, an attribute in the frame that uses it.
+
+    Args:
+        use: where the value was used.
+        made: where it was made.
+        outlived: the frames that went on running in between; no other keeps its local variables.
     """
+    running = {code for code, _ in outlived}
     given = _given(made)
     wanted: set[str] | None = None
     for level, entry in enumerate(use[:_DEEP]):
@@ -61,7 +68,7 @@ def carrier(use: Stack, made: Stack) -> Carrier | None:
         names, ends = _behind(source, statement, looked_at)
         for text in names:
             for bound, where, stored in given:
-                if _carries(text, bound, entry, where):
+                if _carries(text, bound, entry, where, running):
                     return Carrier(site(entry), text, level, stored)
         wanted = {base_name(text) for text in ends if base_name(text) in parameters(source.function(statement))}
         if not wanted:
@@ -87,7 +94,9 @@ def _given(made: Stack) -> list[tuple[str, Entry, Site | None]]:
 
 
 def _put(statement: ast.stmt, text: str, entry: Entry) -> Site | None:
-    return site(entry)._replace(line=statement.lineno) if container_of(statement) == text else None
+    """Return the line if it puts a value where it outlives the call: into a container, or into a closure's variable."""
+    outlives = container_of(statement) == text or (text in entry[0].co_freevars and text in binds(statement))
+    return site(entry)._replace(line=statement.lineno) if outlives else None
 
 
 def _behind(source: Source, statement: ast.stmt, texts: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -110,7 +119,7 @@ def _behind(source: Source, statement: ast.stmt, texts: Iterable[str]) -> tuple[
     return found, ends
 
 
-def _carries(read: str, bound: str, reader: Entry, writer: Entry) -> bool:
+def _carries(read: str, bound: str, reader: Entry, writer: Entry, running: set[CodeType]) -> bool:
     if "." in read and "." in bound:
         return same_place(read, bound)
     if not same_place(read, bound):
@@ -124,6 +133,8 @@ def _carries(read: str, bound: str, reader: Entry, writer: Entry) -> bool:
         return False
     if isinstance(source.function(statement), ast.Module) or _is_global(read, reader):
         return True
+    if reader[0] not in running:
+        return False
     return bool(_bound_before(source, statement, read))
 
 

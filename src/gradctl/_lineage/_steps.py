@@ -41,6 +41,8 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     mine = optimizer_facts(tracer, optimizer, stack)
     params = held_by(optimizer)
     mine.held = frozenset([id(p) for p in params])
+    groups = getattr(optimizer, "param_groups", ())
+    mine.empty_groups = tuple([number for number, group in enumerate(groups) if not group["params"]])
     states = _states(params)
     if "nonfinite" in states:
         facts.nonfinite = facts.nonfinite or facts.passed  # a finite microbatch after it had let it pass

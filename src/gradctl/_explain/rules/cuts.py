@@ -150,9 +150,18 @@ def _from_escape(
 
 def escape_words(escape: Escape) -> tuple[str, str]:
     """Return the slug of an escape, and how it reads in a sentence."""
+    if escape.kind in ("__float__", "__int__", "item", "__index__") and _in_constructor(escape):
+        return "rewrap_tensor", "torch.Tensor(...)"
     if escape.kind in ("numpy", "__array__", "__dlpack__"):
         return "numpy_roundtrip", ".numpy()" if escape.kind == "numpy" else "numpy"
     return "item", {"__float__": "float()", "__int__": "int()"}.get(escape.kind, f".{escape.kind.strip('_')}()")
+
+
+def _in_constructor(escape: Escape) -> bool:
+    """Whether the number was read by `torch.Tensor([...])`, not by the program: its line has no other conversion."""
+    line = source(site(escape.stack[0])) if escape.stack else ""
+    made = any(f"{name}(" in line for name in ("torch.Tensor", "FloatTensor", "DoubleTensor", "HalfTensor"))
+    return made and not any(word in line for word in (".item()", "float(", "int("))
 
 
 RULES: list[Rule] = [no_history]

@@ -190,7 +190,8 @@ def _once(error: Raised, edge: _Edge) -> Candidate:
 
 
 def _stale(context: Context, error: Raised, edge: _Edge) -> Iterable[Candidate]:
-    found = _carried(edge.consumer, edge.producer)
+    assert error.facts is not None
+    found = _carried(edge.consumer, edge.producer, error.facts.stack)
     dropped = _dropped_detach(context, edge.producer)
     if dropped is not None:
         yield Candidate(
@@ -233,10 +234,10 @@ def carried(facts: ErrorFacts, *, freed: bool) -> Carried | None:
     if not edges:
         return None
     consumer, producer = max(edges, key=lambda edge: edge[0].generation * 1_000_000_000 - edge[0].seq)
-    return _carried(consumer, producer)
+    return _carried(consumer, producer, facts.stack)
 
 
-def _carried(consumer: Node, producer: Node) -> Carried:
+def _carried(consumer: Node, producer: Node, outlived: Stack) -> Carried:
     if producer.extra == "in place" and producer.op in _STORES:
         return Carried(
             producer.site,
@@ -244,7 +245,7 @@ def _carried(consumer: Node, producer: Node) -> Carried:
             ((consumer.site, "used"),),
             producer,
         )
-    found = carrier(consumer.stack, producer.stack)
+    found = carrier(consumer.stack, producer.stack, outlived)
     if found is not None and found.stored is not None and not _gathers(consumer, producer):
         return Carried(
             found.stored,
@@ -279,7 +280,8 @@ def _wrapped(consumer: Node, producer: Node) -> bool:
         if above[0] is not below[0]:
             return False
         if above[1] != below[1]:
-            return site(above).line <= site(below).line
+            first, second = site(above).line, site(below).line
+            return above[1] < below[1] if first == second else first < second
     return True
 
 

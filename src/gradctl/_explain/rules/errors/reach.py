@@ -36,9 +36,11 @@ def input_not_in_graph(context: Context) -> Iterable[Candidate]:
         if "does not require grad" in error.message:
             if node.requires_grad:
                 continue
-            lost = sufficient_breaks([node])
-            cut = describe(lost[0]) if lost else None
-            yield _not_used(error, cut, "the tensor does not require a gradient", node, 0.9 if cut else 0.75)
+            # The tensor that is differentiated for, not what it was made from: a detached input is often meant.
+            made = Cut("input_not_in_graph", node.site, "") if node.site is not None else None
+            if node.lost:
+                made = describe(node)
+            yield _not_used(error, made, "the tensor does not require a gradient", node, 0.9 if made else 0.75)
             return
         cut = _cut_between(behind, node)
         if cut is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 from gradctl._explain._context import Context, place
+from gradctl._explain._source import source_of
 from gradctl._explain.rules.numbers import names
 from gradctl._explain.rules.numbers.verdict import Swallowed, named
 from gradctl._lineage import Hit, Mutation, Node, Site
@@ -62,7 +64,12 @@ def factor(context: Context, key: int, hit: Hit, node: Node, name: str) -> Swall
     if made is not None and made.trainable and not made.leaf:
         return _dead_value(made, node)
     if name == "Mul" and not _has_tensor_factor(node):
-        return Swallowed("zero_grad_factor", node.site, "the value is multiplied with the number 0", node, 0.35)
+        # A number from the settings is meant; one that is computed anew in every step was to change.
+        computed = context.finished and _is_computed(node)
+        what = "what is computed here in every step is 0 each time" if computed else "the number 0"
+        return Swallowed(
+            "zero_grad_factor", node.site, f"the value is multiplied with {what}", node, 0.65 if computed else 0.35
+        )
     return Swallowed(
         "zero_grad_factor",
         node.site,
@@ -71,6 +78,15 @@ def factor(context: Context, key: int, hit: Hit, node: Node, name: str) -> Swall
         0.85,
         evidence=((made.site, "where the zero factor was made"),) if made is not None and made.stack else (),
     )
+
+
+def _is_computed(node: Node) -> bool:
+    """Whether the number in a product is the result of a call on its line."""
+    source = source_of(node.stack[0]) if node.stack else None
+    expression = source.expression(node.stack[0]) if source is not None else None
+    if not isinstance(expression, ast.BinOp):
+        return False
+    return any(isinstance(side, ast.Call) for side in (expression.left, expression.right))
 
 
 def _has_tensor_factor(node: Node) -> bool:
