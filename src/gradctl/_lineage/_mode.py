@@ -18,7 +18,7 @@ from gradctl._lineage._frames import Stack
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import ONE_TO_ONE, REWRAPS, Plan, plan_for
 from gradctl._lineage._single import NORMALISING, note_single
-from gradctl._lineage._tracer import Tracer, is_leaf, open_regions
+from gradctl._lineage._tracer import Tracer, is_leaf, open_regions, shape_of
 from gradctl._lineage._walk import sources_of
 
 _TORCH_TENSORS = (Tensor, Parameter)
@@ -396,7 +396,7 @@ def is_gradient(tracer: Tracer, tensor: Tensor, grad: Tensor, known: Node | None
     node = tracer.new("grad", stack)
     node.extra = id(tensor)
     node.grads = {**(known.grads or {} if known is not None else {}), id(tensor): node.seq}
-    node.shape, node.dtype = tuple(grad.shape), grad.dtype
+    node.shape, node.dtype = shape_of(grad), grad.dtype
     if known is not None and known.op != "grad":
         node.inputs, node.live_inputs = known.inputs, known.live_inputs
         node.trainable = known.trainable
