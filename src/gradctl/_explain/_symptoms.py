@@ -56,7 +56,9 @@ _BY_KIND: dict[str, frozenset[str]] = {
     "uncleared": frozenset({"missing_zero_grad"}),
     "live_graphs": frozenset({"history_kept", "stale_graph_carried"}),
 }
-_BY_STEM = {"zero": ("zero_grad_", "vanished_", "custom_function_"), "nonfinite": ("nan_", "nonfinite", "exploded_")}
+_SMALL = ("zero_grad_", "vanished_", "custom_function_")
+_LARGE = ("nan_", "nonfinite", "exploded_")
+_BY_STEM = {"zero": _SMALL, "vanished": _SMALL, "nonfinite": _LARGE, "exploded": _LARGE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ class Symptom:
     Args:
         kind: `grad_error` (torch refused), `none` (never a gradient), `lost` (no gradient any more), `zero`,
             `nonfinite`, `not_in_optimizer`, `replaced`, `uncleared`, `cleared`, `live_graphs`, `left_autograd`,
+            `vanished`, `exploded` (a norm far from what it was),
             `frozen` (held by an optimizer, and frozen), `overwritten` (the program writes `.grad` itself).
         text: the same in words, with a number.
         step: at which optimizer step it began, counted from 1; None where that is not known.
