@@ -1,4 +1,4 @@
-"""Programs whose parameters and optimizers do not fit together, the line of the cause marked, and healthy look-alikes."""
+"""Programs whose parameters and optimizers do not fit together, the cause marked, and healthy look-alikes."""
 
 HEAD = """\
 import copy
@@ -240,6 +240,40 @@ main()
     ),
 }
 
+BROKEN["adapter_merged_for_a_preview"] = (
+    "unused_param",
+    """
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(6, 3).requires_grad_(False)
+        self.down, self.up = nn.Linear(6, 2, bias=False), nn.Linear(2, 3, bias=False)
+        self.merged = False
+    def merge(self):
+        self.base.weight.data += self.up.weight.data @ self.down.weight.data  # cause
+        self.merged = True
+    def forward(self, x):
+        return self.base(x) if self.merged else self.base(x) + self.up(self.down(x))
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.adapted, self.head = Adapted(), nn.Linear(3, 2)
+    def forward(self, x):
+        return self.head(self.adapted(x))
+def preview(model):
+    with torch.no_grad():
+        model.adapted.merge()
+        return model(torch.randn(2, 6))
+def main():
+    model = Model()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    steps(model, optimizer, 5)
+    preview(model)
+    steps(model, optimizer, 6)
+main()
+""",
+)
+
 HEALTHY = {
     "stages_with_groups_added": """
 def main():
@@ -401,6 +435,24 @@ def main():
         optimizer.zero_grad()
         model.loss(torch.randn(5, 6)).backward()
         optimizer.step()
+main()
+""",
+    "head_left_behind_and_target_copied": """
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+        self.use = "first"
+    def forward(self, x):
+        return getattr(self, self.use)(torch.relu(self.body(x)))
+def main():
+    model = Two()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps(model, optimizer, 5)
+    model.use = "second"
+    with torch.no_grad():
+        model.second.weight.copy_(model.first.weight)
+    steps(model, optimizer, 6)
 main()
 """,
 }

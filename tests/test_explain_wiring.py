@@ -1,4 +1,4 @@
-"""Who holds what: gradients that no optimizer uses, and what is closed behind its back; what is meant stays unblamed."""
+"""Who holds what: gradients that no optimizer uses, and what is closed behind its back; the rest stays unblamed."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def find_kept(tracer: Tracer) -> None:
     """Note values whose graphs of several generations are still alive, by the line that made them."""
     groups: dict[Any, dict[int, Node]] = {}
     chains: dict[Any, set[int]] = {}
-    for _, node in tracer.map.items():
+    for node in [entry[1] for entry in tracer.map.items()]:
         if not node.live or not node.stack or node.op == "grad":
             continue
         key = node.stack[:1]
@@ -78,7 +78,10 @@ def _note(tracer: Tracer, key: Any, found: dict[int, Node], generations: set[int
         facts.searches += 1
         tensor = found[min(found)].tensor()  # the newest may not have been stored yet
         if tensor is not None:
-            kept.held = _holder(tensor, tracer.frames)
+            try:
+                kept.held = _holder(tensor, tracer.frames)
+            except Exception as fault:  # it looks at the program's own objects, which may answer anything
+                facts.notes.append(f"what holds a graph could not be asked: {type(fault).__name__}: {fault}")
 
 
 def _holder(tensor: Tensor, frames: Frames) -> Held | None:

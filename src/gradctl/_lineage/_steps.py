@@ -74,7 +74,10 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
             continue
         with_grad[id(p)] = id(grad)
     if backwards:
-        note_strangers(tracer, mine, {key for b in backwards for key in b.leaves})
+        try:
+            note_strangers(tracer, mine, {key for b in backwards for key in b.leaves})
+        except Exception as fault:  # it looks at the program's own objects, which may answer anything
+            facts.notes.append(f"who owns a parameter could not be asked: {type(fault).__name__}: {fault}")
     note_handover(tracer, mine, params, states, backwards, stack)
     same = {key for key, value in with_grad.items() if mine.last_grads.get(key) == value}
     same = {key for key in same if facts.parameters[key].last_reached_seq > mine.last_step_seq}
