@@ -206,8 +206,8 @@ def gradctl() -> None:
 @click.option("--watch-steps", metavar="N", type=click.IntRange(min=1), help="Record only the first N steps.")
 @click.option(
     "--on-nonfinite",
-    type=click.Choice(["continue", "stop"]),
-    help="At the first NaN or inf gradient; `stop` raises before the update.",
+    type=click.Choice(["continue", "explain", "stop"]),
+    help="At the first NaN or inf gradient; `stop` raises before the update, `explain` traces the steps after it.",
 )
 @click.option("--lines", is_flag=True, default=None, help="Record what backward remembers by source line.")
 @click.option(

@@ -19,9 +19,9 @@ from typing import Any, Literal, cast
 from gradctl._errors import UnknownPolicyKey, UsageError
 
 Grad = Literal["on", "off"]
-OnNonfinite = Literal["continue", "stop"]
+OnNonfinite = Literal["continue", "explain", "stop"]
 
-_MODES: dict[str, tuple[str, ...]] = {"grad": ("on", "off"), "on_nonfinite": ("continue", "stop")}
+_MODES: dict[str, tuple[str, ...]] = {"grad": ("on", "off"), "on_nonfinite": ("continue", "explain", "stop")}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from gradctl._explain._held import largest
 from gradctl._explain._sentinel import Sentinel
 from gradctl._explain._step import Examined, examine, explain
 from gradctl._explain._symptoms import Symptom
 from gradctl._explain._tracing import Tracing
 from gradctl._explain._watch import Watch, check, watch
 
-__all__ = ["Examined", "Sentinel", "Symptom", "Tracing", "Watch", "check", "examine", "explain", "watch"]
+__all__ = ["Examined", "Sentinel", "Symptom", "Tracing", "Watch", "check", "examine", "explain", "largest", "watch"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradctl._lineage._edits import watch_edits
-from gradctl._lineage._facts import BackwardFacts, ErrorFacts
+from gradctl._lineage._facts import BackwardFacts, DeadTerm, ErrorFacts
 from gradctl._lineage._kept import find_kept
 from gradctl._lineage._mode import HookMode
 from gradctl._lineage._node import Node
@@ -200,6 +200,7 @@ class _Call:
                 if parameter.first_reached is None:
                     parameter.first_reached = facts.generation
                 self._own_gradient(leaf)
+            self._shared_gradients(leaves)
             for root in mine.roots:
                 self._sum(root)
             self._derivatives()
@@ -213,6 +214,18 @@ class _Call:
                 find_kept(tracer)
         else:
             self._returned(out)
+
+    def _shared_gradients(self, leaves: Sequence[tuple[Any, Tensor]]) -> None:
+        """Note leaves whose `.grad` is one tensor: this backward has added the gradients of both into it."""
+        owners: dict[int, Tensor] = {}
+        for _, leaf in leaves:
+            if leaf.grad is None:
+                continue
+            first = owners.setdefault(id(leaf.grad), leaf)
+            if first is not leaf:
+                counts = self.tracer.facts.accumulated_into_one
+                pair = frozenset((id(first), id(leaf)))
+                counts[pair] = counts.get(pair, 0) + 1
 
     def _own_gradient(self, leaf: Tensor) -> None:
         grad = leaf.grad
@@ -244,10 +257,20 @@ class _Call:
         """Note the terms of a loss that depend on parameters and carry no gradient to them, and plain numbers in it."""
         facts = self.tracer.facts
         joins, parts = sum_of(root)
-        for part in parts:
-            if not part.live and part.trainable and part.inputs and len(parts) > 1:
-                entry = facts.dead_terms.setdefault((part.op, part.stack[:1]), [part, root, 0, self.facts.step])
-                entry[2] += 1
+        for part in parts if len(parts) > 1 else ():
+            key = (part.op, part.stack[:1])
+            entry = facts.dead_terms.get(key)
+            if part.live:
+                if entry is not None:
+                    entry.live, entry.run = entry.live + 1, 0
+                elif part.trainable:
+                    facts.dead_terms[key] = DeadTerm(part, root, self.facts.step, live=1)
+            elif part.trainable and part.inputs:
+                if entry is None:
+                    entry = facts.dead_terms[key] = DeadTerm(part, root, self.facts.step)
+                if not entry.dead:
+                    entry.part, entry.root, entry.step = part, root, self.facts.step
+                entry.dead, entry.run = entry.dead + 1, entry.run + 1
         for join in joins:
             if join.op in ADDITIONS and any(type(value) is float and value for value in join.scalars):
                 entry = facts.dead_numbers.setdefault(join.stack[:1], [join, root, 0, (), self.facts.step])

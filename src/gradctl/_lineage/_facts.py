@@ -458,6 +458,27 @@ class NonfiniteFacts:
 
 
 @dataclass(slots=True)
+class DeadTerm:
+    """A term of a loss that depends on parameters, by the line that makes it.
+
+    Attributes:
+        part: its node when it first carried no gradient.
+        root: the loss then.
+        step: the step then.
+        dead: in how many backwards it carried none.
+        live: in how many it did.
+        run: in how many of the last ones, without a break, it did not.
+    """
+
+    part: Node
+    root: Node
+    step: int
+    dead: int = 0
+    live: int = 0
+    run: int = 0
+
+
+@dataclass(slots=True)
 class Facts:
     """Everything that was heard, newest last; the queues are bounded."""
 
@@ -475,7 +496,8 @@ class Facts:
     exploded: NonfiniteFacts | None = None
     over_one: dict[Any, list[Any]] = field(default_factory=dict[Any, "list[Any]"])
     data_sets: deque[tuple[int, Stack, int]] = field(default_factory=lambda: deque(maxlen=1000))
-    dead_terms: dict[Any, Any] = field(default_factory=dict)
+    dead_terms: dict[Any, DeadTerm] = field(default_factory=dict[Any, "DeadTerm"])
+    accumulated_into_one: dict[frozenset[int], int] = field(default_factory=dict[frozenset[int], int])
     dead_numbers: dict[Any, Any] = field(default_factory=dict)
     lost_derivatives: dict[Any, Any] = field(default_factory=dict)
     partial_cuts: dict[Any, Any] = field(default_factory=dict)

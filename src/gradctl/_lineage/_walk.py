@@ -177,7 +177,7 @@ class Unreached:
             ("break", tuple of Node): operations that cut it, in the order of making; repairing one would reconnect the
                 loss, or, where no single repair would, all that lost it.
             ("connected", None): values and history reach it.
-            ("escape", Escape): it left as a number or an array.
+            ("escape", (escapes, roots)): it left as numbers or arrays, oldest first.
             ("unused_output", Node): the last value computed from it reaches no loss.
             ("unused", None): nothing was computed from it.
         """
@@ -194,9 +194,9 @@ class Unreached:
         if self._escaped is None:
             live = [escape for escape in self._escapes if escape.live or escape.kind in ("numpy", "__array__")]
             self._escaped = [(escape, {id(n) for n in upstream([escape.node])}) for escape in live]
-        for escape, behind in self._escaped:
-            if id(leaf) in behind:
-                return "escape", escape
+        left = tuple([escape for escape, behind in self._escaped if id(leaf) in behind])
+        if left:
+            return "escape", (left, tuple(self._roots))
         cone = {id(leaf)}
         last: Node | None = None
         for node in self._log:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gradctl import __version__, _journal, _taps
 from gradctl._run import _at_exit, _exit_status, _traced, _unseen
+from gradctl._run._nonfinite import explainer
 from gradctl._run._process import ProcessJournal
 
 
@@ -39,10 +40,13 @@ class Listening:
         self.recorder = Recorder(
             self.journal,
             budget=settings["budget"],
-            on_nonfinite=settings["on_nonfinite"],
+            on_nonfinite="stop" if settings["on_nonfinite"] == "stop" else "continue",
             watch_steps=settings["watch_steps"],
             lines=settings["lines"],
         )
+        self._explainer = explainer(settings["on_nonfinite"], self.journal, settings["script"], self._say)
+        if self._explainer is not None:
+            self.journal.on_event = self._explainer.heard
         self._ended = False
 
     def begin(self) -> None:
@@ -65,6 +69,8 @@ class Listening:
             return
         self._ended = True
         self.recorder.settle()
+        if self._explainer is not None:
+            self._explainer.stop()
         if self.is_main or self.journal.started:
             self.recorder.finish(how, code=code, exc=_exit_status.exception())
             self.journal.close()
@@ -91,14 +97,19 @@ class Listening:
     def _forked(self) -> None:
         self.is_main = False
         self._ended = False
+        if self._explainer is not None:
+            self._explainer.drop()
         self.journal.forget()
         self.recorder.after_fork_in_child()
         self.journal.forget()
         _journal.set_current(self.journal)
 
     def _journal_failed(self, reason: str) -> None:
+        self._say(f"gradctl: recording stops, the script goes on: {self.journal.path}: {reason}")
+
+    def _say(self, text: str) -> None:
         if self.is_main and not self.settings["quiet"]:
-            _at_exit.say(f"gradctl: recording stops, the script goes on: {self.journal.path}: {reason}")
+            _at_exit.say(text)
 
 
 _listening: Listening | None = None

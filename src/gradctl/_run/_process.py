@@ -47,6 +47,7 @@ class ProcessJournal(JournalWriter):
         self.start: Start = start
         self.started = False
         self.not_seen: dict[tuple[str, str], None] = {}
+        self.on_event: Callable[[str, Mapping[str, Any]], None] | None = None
         self._began = time.time()
         self._whole_bytes = 0
         try:
@@ -68,6 +69,12 @@ class ProcessJournal(JournalWriter):
                         self._end_in_full_file(fields)
                     return
             super().write(kind, now=now, **fields)
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Append an event at once, and tell `on_event` of it."""
+        super().event(name, **fields)
+        if self.on_event is not None:
+            self.on_event(name, fields)
 
     def begin(self) -> None:
         """Name the file and write its `run` record, ahead of the first record of anybody else."""

@@ -21,6 +21,7 @@ from gradctl._errors import UsageError
 from gradctl._journal import Journal, Run
 from gradctl._policy import Grad, OnNonfinite, Policy
 from gradctl._run import _at_exit, _directory, _launcher, _unseen
+from gradctl._run._nonfinite import NonfiniteExplainer, explainer
 from gradctl._run._process import ProcessJournal
 from gradctl._run._redact import redact
 
@@ -54,7 +55,8 @@ def record(
         report: write `report.html` when the recording stops.
         quiet: do not say on stderr where the report is.
         watch_steps: record only the first steps of each optimizer.
-        on_nonfinite: `stop` raises `NonFiniteGradient` before a NaN or inf gradient is applied.
+        on_nonfinite: `stop` raises `NonFiniteGradient` before a NaN or inf gradient is applied; `explain` traces the
+            steps after the first one and says which line makes it, if it comes again.
         lines: record saved bytes by source line.
         budget: most of the wall time that sampling may use, as a share between 0 and 1.
         grad: `off` switches gradients off until the recording stops, as `gradctl.off()` does.
@@ -134,6 +136,7 @@ class Recording:
         self._joined = joined
         self._handles: list[Any] = []
         self._switch: Any = None
+        self._explainer: NonfiniteExplainer | None = None
 
     @property
     def journal(self) -> Journal:
@@ -204,6 +207,8 @@ class Recording:
             self._switch.remove()
         is_child = self._writer.start == "child"
         self._recorder.settle()
+        if self._explainer is not None:
+            self._explainer.stop()
         if is_child and not self._writer.started:
             self._writer.discard()  # a forked child that has recorded nothing leaves no file
         from gradctl._run import _exit_status
@@ -253,6 +258,8 @@ class Recording:
         return leave
 
     def _forked(self) -> None:
+        if self._explainer is not None:
+            self._explainer.drop()
         self._writer.forget()
         self._recorder.after_fork_in_child()
 
@@ -282,11 +289,16 @@ def _begin(policy: Policy) -> Recording:
     recorder = Recorder(
         journal,
         budget=policy.budget,
-        on_nonfinite=policy.on_nonfinite,
+        on_nonfinite="stop" if policy.on_nonfinite == "stop" else "continue",
         watch_steps=policy.watch_steps,
         lines=policy.lines,
     )
     recording = Recording(journal, recorder, policy, joined=False)
+    recording._explainer = explainer(
+        policy.on_nonfinite, journal, script, lambda text: None if policy.quiet else _at_exit.say(text)
+    )
+    if recording._explainer is not None:
+        journal.on_event = recording._explainer.heard
     recorder.install()
     if policy.grad == "off":
         from gradctl._off import off

@@ -12,7 +12,7 @@ from gradctl._explain._numbers_in import number_escape
 from gradctl._explain._provenance import where_dropped
 from gradctl._explain.rules import Rule
 from gradctl._explain.rules.cuts import escape_words
-from gradctl._lineage import Node, ParameterFacts, Site, live_leaves, site, sufficient_breaks, sum_of, upstream
+from gradctl._lineage import Escape, Node, ParameterFacts, Site, live_leaves, site, sufficient_breaks, sum_of, upstream
 
 
 class _Missing(NamedTuple):
@@ -152,28 +152,33 @@ def _nearest_cut(forced: Node) -> Node:
 def left_as_a_number(context: Context) -> Iterable[Candidate]:
     """A value left as a Python number or an array, and only the number reaches the loss."""
     groups: dict[tuple[str, Site | None], list[_Missing]] = defaultdict(list)
+    chosen: dict[tuple[str, Site | None], tuple[Escape, Site | None]] = {}
     for missing in _missing(context):
-        if missing.kind == "escape":
-            groups[escape_words(missing.evidence)[0], place(missing.evidence.stack)].append(missing)
+        if missing.kind != "escape":
+            continue
+        escapes, roots = missing.evidence
+        returned = [(escape, back) for escape in reversed(escapes) if (back := _comes_back(escape, roots)) is not None]
+        escape, back = returned[0] if returned else (escapes[-1], None)
+        key = (escape_words(escape)[0], place(escape.stack))
+        groups[key].append(missing)
+        chosen.setdefault(key, (escape, back))
     for (slug, where), group in groups.items():
-        escape = group[0].evidence
-        returned = _comes_back(context, escape)
+        escape, back = chosen[slug, where]
         yield Candidate(
             slug, where, _symptom(group),
             f"{escape_words(escape)[1]} turns the value into plain data here, and only that reaches the loss",
-            confidence=0.9 if returned else 0.4, evidence=((returned, "came back"),),
+            confidence=0.9 if back else 0.4, evidence=((back, "came back"),),
             parameters=tuple(m.key for m in group), node=escape.node, leaf=group[0].facts.node,
         )  # fmt: skip
 
 
-def _comes_back(context: Context, escape: Any) -> Site | None:
+def _comes_back(escape: Escape, roots: Sequence[Node]) -> Site | None:
     """Return where the number of an escape enters a loss again, if names or identity tell."""
-    for backward in context.facts.backwards:
-        for node in upstream(backward.roots):
-            if (node.scalars or not node.inputs) and node.seq > escape.seq:
-                found = number_escape(node, [escape])
-                if found is not None and found[1] >= 0.9:
-                    return place(node.stack)
+    for node in upstream(roots):
+        if (node.scalars or not node.inputs) and node.seq > escape.seq:
+            found = number_escape(node, [escape])
+            if found is not None and found[1] >= 0.9:
+                return place(node.stack)
     return None
 
 
@@ -227,9 +232,16 @@ def _routed(context: Context, missing: _Missing) -> bool:
     return False
 
 
+_LOST_FOR_GOOD = 3
+
+
 def dead_term(context: Context) -> Iterable[Candidate]:
     """A term of the loss depends on parameters and has no gradient: adding a constant changes nothing."""
-    for part, root, times, step in context.facts.dead_terms.values():
+    for term in context.facts.dead_terms.values():
+        # A term that carries a gradient now and then is switched by the data; one that lost it for good is not.
+        if not term.dead or term.dead != term.run or (term.live and term.run < _LOST_FOR_GOOD):
+            continue
+        part, root, times = term.part, term.root, term.dead
         cuts = [node for node in sufficient_breaks([part]) if not _is_teacher(context, node)]
         if not cuts or _straight_through(part, root):
             continue

@@ -109,7 +109,8 @@ def waits_for_parameters(context: Context) -> Iterable[Candidate]:
         elif kind == "break":
             cut = describe(evidence[0])
             slug, where, why = cut.slug, cut.place, cut.why
-        elif kind == "escape" and isinstance(evidence, Escape):
+        elif kind == "escape":
+            evidence = evidence[0][-1]
             slug, where, why = (
                 "item",
                 place(evidence.stack),

@@ -51,7 +51,8 @@ def grad_aliased(context: Context) -> Iterable[Candidate]:
     grouped: dict[Site, list[tuple[tuple[int, int], Shared]]] = {}
     for pair, shared in context.facts.shared.items():
         line = place(shared.setting.stack) if shared.setting is not None else None
-        if line is not None and shared.count >= _TWICE and (shared.edits >= _TWICE or shared.added):
+        added = shared.added or context.facts.accumulated_into_one.get(frozenset(pair), 0) >= _TWICE
+        if line is not None and shared.count >= _TWICE and (shared.edits >= _TWICE or added):
             grouped.setdefault(line, []).append((pair, shared))
     for line, found in grouped.items():
         keys = {key for pair, _ in found for key in pair}

@@ -30,7 +30,8 @@ def unheld(context: Context) -> dict[int, Stranger]:
         if not stranger.parameter.states
         and stranger.parameter.first_reached is not None
         and stranger.parameter.first_reached < last
-        and stranger.parameter.hand_written * 2 < max(stranger.parameter.reached, 1)
+        # Written by hand in every step from its own gradient: trained without an optimizer. A mask is not training.
+        and (stranger.parameter.hand_written * 2 < max(stranger.parameter.reached, 1) or key not in facts.read_by_user)
     }
 
 
