@@ -24,6 +24,11 @@ from gradctl._lineage._operations import REWRAPS, VIEWS
 from gradctl._lineage._walk import Unreached, sources_of
 
 _GENERATIONS = 2
+_BOUNDS = frozenset(
+    "clamp_ clamp_min_ clamp_max_ clip_ renorm_ mul_ __imul__ div_ __itruediv__ zero_ fill_ nan_to_num_ normal_ uniform_ "
+    "round_ masked_fill_ _foreach_mul_ _foreach_clamp_min_ _foreach_clamp_max_".split()
+)
+"""In-place changes that keep a weight within bounds, or clear it: not those by which another hand trains it."""
 _WAITING = 4096
 NODE = "gradctl"
 FREED = "gradctl_freed"
@@ -120,11 +125,18 @@ class Tracer:
         """Return a node that is not in the map yet."""
         node = Node(op, stack, tuple(inputs), tuple(live_inputs), self.facts.generation, self.seq())
         limit = node.generation - _GENERATIONS
+        shared = False
         for parent, live in zip(node.inputs, node.live_inputs, strict=True):
             if parent.trainable:
                 node.trainable = True
-            if parent.grads is not None:
-                node.grads = _merged(node.grads, parent.grads)
+            if parent.grads is not None and parent.grads is not node.grads:
+                if node.grads is None:
+                    node.grads = parent.grads
+                    shared = True
+                else:
+                    if shared:
+                        node.grads, shared = dict(node.grads), False
+                    _merge(node.grads, parent.grads)
             if not live and parent.generation < limit:
                 parent.inputs = ()  # bounds the memory of long chains of values
                 parent.live_inputs = ()
@@ -288,7 +300,7 @@ class Tracer:
             if key is None:
                 continue
             parameter = facts.parameters.get(key)
-            if parameter is not None and facts.generation > 0:
+            if parameter is not None and facts.generation > 0 and op not in _BOUNDS:
                 parameter.hand_written += 1
         self._edited(tensor, op, stack, operands)
 
@@ -348,10 +360,10 @@ class Tracer:
         return event
 
 
-def _merged(mine: dict[int, int] | None, other: dict[int, int]) -> dict[int, int]:
-    if mine is None:
-        return other
-    return {**mine, **{key: seq for key, seq in other.items() if seq > mine.get(key, -1)}}
+def _merge(mine: dict[int, int], other: dict[int, int]) -> None:
+    for key, seq in other.items():
+        if seq > mine.get(key, -1):
+            mine[key] = seq
 
 
 def grad_fn_of(tensor: Tensor) -> Any:
