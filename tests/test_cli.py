@@ -112,7 +112,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys: pytest.CaptureFixture[
         (["run", "--grad", "of", "x.py"], "'of' is not one of 'on', 'off'"),
         (["run", "--watch-steps", "0", "x.py"], "0 is not in the range"),
         (["run", "--watch-step", "3", "x.py"], "--watch-steps"),
-        (["run", "--on-nonfinite", "explain", "x.py"], "'explain' is not one of"),
+        (["run", "--on-nonfinite", "panic", "x.py"], "'panic' is not one of"),
         (["run", "--name", "a/b", "x.py"], "--name cannot be 'a/b'"),
         (["run", "--policy", "none.toml", "x.py"], "cannot read the policy file none.toml"),
         (["run", "-k", "x.py"], "No such option"),

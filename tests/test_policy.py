@@ -116,7 +116,7 @@ def test_an_unknown_key_is_named_with_its_file_its_path_and_what_was_meant(
     [
         ('grad = "of"', '"on" or "off"'),
         ("grad = true", '"on" or "off"'),
-        ('on_nonfinite = "explain"', '"continue" or "stop"'),
+        ('on_nonfinite = "panic"', '"continue" or "explain" or "stop"'),
         ("watch_steps = 0", "a whole number of steps above 0"),
         ("watch_steps = true", "a whole number of steps above 0"),
         ('watch_steps = "5"', "a whole number of steps above 0"),

@@ -99,7 +99,7 @@ class NonfiniteExplainer:
         if found:
             first = found[0]
             place = f" at {first.primary}" if first.primary else ""
-            self._tell(f"it came again: {first.slug}{place}: {first.symptom}. {first.why}. Fix: {first.fix}", found)
+            self._tell(f"it came again: {first.slug}{place}: {first.why}. Fix: {first.fix}", found)
         elif last:
             self._tell(
                 f"it has not come again in the {steps} steps that were traced after it. "
