@@ -106,7 +106,7 @@ class Context:
 
     def is_hand_written(self, parameter: ParameterFacts) -> bool:
         """Whether the program itself writes that parameter as it trains: an average of weights, a target network."""
-        return parameter.hand_written > 0
+        return parameter.hand_written * 5 >= max(len(parameter.states), 1)
 
     def name(self, key: int) -> str | None:
         """Return the FQN of a leaf by its id, if anything that we may read names it."""

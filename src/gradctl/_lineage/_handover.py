@@ -16,6 +16,7 @@ from gradctl._lineage._tracer import Tracer
 CLEARS = frozenset({"zero_", "fill_", "_foreach_zero_"})
 COPIES = frozenset({"copy_", "_foreach_copy_", "data.__set__", "set_"})
 _REMEMBER = 50
+_OVERLAPS_EVERY = 16
 
 
 def events_since(tracer: Tracer, seq: int) -> list[GradEvent]:
@@ -193,4 +194,27 @@ def _note_shared(
             if edits:
                 entry.edit = max(edits, key=lambda e: e.seq)
                 entry.edits += 1
+        entry.count += 1
+    if mine.steps < 3 or mine.steps % _OVERLAPS_EVERY == 0:
+        _note_overlaps(tracer, mine, list(at.values()), stack)
+
+
+def _note_overlaps(tracer: Tracer, mine: OptimizerFacts, params: Sequence[Tensor], stack: Stack) -> None:
+    """Note parameters whose gradients share a part of their memory: slices of one buffer that are cut too short."""
+    spans: list[tuple[int, int, Tensor]] = []
+    for p in params:
+        grad = p.grad
+        if grad is not None and grad.is_contiguous():
+            spans.append((grad.data_ptr(), grad.data_ptr() + grad.numel() * grad.element_size(), p))
+    spans.sort(key=lambda span: span[:2])
+    for (_, end, first), (start, _, second) in itertools.pairwise(spans):
+        if start >= end:
+            continue
+        pair = (id(first), id(second))
+        entry = tracer.facts.shared.get(pair)
+        if entry is None:
+            entry = tracer.facts.shared[pair] = Shared(mine, stack, None)
+            events = reversed(tracer.facts.grad_events)
+            entry.setting = next((e for e in events if e.kind == "set" and id(second) in e.ids), None)
+        entry.added += 1
         entry.count += 1

@@ -309,7 +309,10 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
             region = state.suspended.pop()
             region.open = region.resumed = True
         else:
-            region = Region("no_grad", tracer.frames.stack())
+            stack = tracer.frames.stack()
+            region = Region("no_grad", stack or state.started)
+            # A thread's own start (the initializer of a pool) switched it off: for all that the thread will run.
+            region.left_on = not stack and bool(state.started)
             region.decorated, region.library = decorated, library
             region.frame = (id(frame), id(frame.f_code) if frame is not None else 0)
             region.generator = frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)

@@ -81,7 +81,7 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
     note_handover(tracer, mine, params, states, backwards, stack)
     same = {key for key, value in with_grad.items() if mine.last_grads.get(key) == value}
     same = {key for key in same if facts.parameters[key].last_reached_seq > mine.last_step_seq}
-    if same and (left := same - _cleared_since(tracer, mine)):
+    if same and (left := same - _cleared_since(tracer, mine) - _buffers_cleared(tracer, mine, params)):
         mine.uncleared.append((mine.steps, stack, frozenset(left)))
         del mine.uncleared[:-_REMEMBER]
     mine.last_grads = with_grad
@@ -125,6 +125,25 @@ def _cleared_since(tracer: Tracer, mine: OptimizerFacts) -> set[int]:
         if event.kind in ("zero_grad", "none", "set") or event.op in CLEARS or event.op in COPIES:
             found |= event.ids
     return found
+
+
+def _buffers_cleared(tracer: Tracer, mine: OptimizerFacts, params: list[Tensor]) -> set[int]:
+    """Return the leaves whose gradients lie in memory that was cleared as a whole: one buffer for all gradients."""
+    storages: set[int] = set()
+    for mutation in reversed(tracer.facts.mutations):
+        if mutation.seq < mine.last_step_seq:
+            break
+        if mutation.op in CLEARS or mutation.op in COPIES:
+            storages.add(mutation.storage)
+    if not storages:
+        return set()
+    return {
+        id(p)
+        for p in params
+        if p.grad is not None
+        and p.grad.layout is torch.strided
+        and p.grad.untyped_storage()._cdata in storages
+    }
 
 
 def wrap_zero_grad(tracer: Tracer) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

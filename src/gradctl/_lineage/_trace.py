@@ -297,10 +297,12 @@ class Trace:
             if self.tracer.disabled:
                 return inner(function, args, *rest, **kwargs)
             self.tracer.facts.threads += 1
+            begun = self.tracer.frames.stack()
 
             def traced(*inner_args: Any, **inner_kwargs: Any) -> Any:
                 if self.tracer.disabled:
                     return function(*inner_args, **inner_kwargs)
+                self.tracer.here.started = begun
                 with Mode(self.tracer):
                     return function(*inner_args, **inner_kwargs)
 

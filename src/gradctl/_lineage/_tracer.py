@@ -42,9 +42,11 @@ class ThreadState:
             `enable_grad` covers.
         optimizer: depth of optimizer steps (not counting closures), whose own operations are not the program's.
         silent: depth of stretches that are not traced (the engine runs, or we look).
+        started: user frames that started this thread; empty for the main one.
     """
 
     def __init__(self) -> None:
+        self.started: Stack = ()
         self.off: list[Region] = []
         self.suspended: list[Region] = []
         self.inference: list[Region] = []

@@ -84,9 +84,17 @@ def _is_computed(node: Node) -> bool:
     """Whether the number in a product is the result of a call on its line."""
     source = source_of(node.stack[0]) if node.stack else None
     expression = source.expression(node.stack[0]) if source is not None else None
-    if not isinstance(expression, ast.BinOp):
+    if source is None or not isinstance(expression, ast.BinOp) or not node.inputs:
         return False
-    return any(isinstance(side, ast.Call) for side in (expression.left, expression.right))
+    code = node.stack[0][0]
+    made = {id(found) for entry in node.inputs[0].stack if entry[0] is code and (found := source.expression(entry))}
+    # Of the two sides, one made the tensor; the other is the number.
+    sides = [
+        side
+        for side in (expression.left, expression.right)
+        if isinstance(side, ast.Call) and not made & {id(part) for part in ast.walk(side)}
+    ]
+    return bool(sides) and not any(isinstance(side, ast.Constant) for side in (expression.left, expression.right))
 
 
 def _has_tensor_factor(node: Node) -> bool:
