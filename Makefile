@@ -12,13 +12,16 @@ TESTS ?= tests
 # Tests switch gradients off for their whole process, so they run beside each other in processes, never in threads.
 WORKERS ?= 2
 
-.PHONY: help run test test-all check format bench docs clean
+.PHONY: help run explain-demo test test-all check format bench docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/.run  ## Train a small net on scikit-learn's digits under `gradctl run`; prints the summary and where the report is
 	@$(BIN)/gradctl run examples/digits.py
+
+explain-demo: $(VENV)/.run  ## Let `gradctl explain` find the line that keeps half of a small net from learning
+	@$(BIN)/gradctl explain examples/explain_demo/train.py || [ $$? -eq 1 ]  # 1: it has found something, as it should
 
 test: $(VENV)/.test  ## Run the fast tests, browser tests included (needs Debian's chromium)
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
