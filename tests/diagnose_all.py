@@ -5,6 +5,7 @@ Usage: `python diagnose_all.py OUT SCRIPT...`. Writes `OUT`: for each script its
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -14,6 +15,7 @@ import warnings
 from pathlib import Path
 
 # Loaded once, before the forks: what takes seconds in a program of thirty lines is this import.
+import torch._dynamo
 import torch.distributed
 
 from gradctl._explain import Sentinel, Tracing
@@ -78,6 +80,8 @@ def in_fork(act: object, script: Path, out: Path) -> int:
 def main(act: str, out: Path, scripts: list[Path]) -> None:
     torch.set_num_threads(1)
     every_rule()
+    gc.collect()
+    gc.freeze()  # what was loaded before the forks is no part of the programs, and is not looked through
     results: dict[str, object] = {}
     for number, script in enumerate(scripts):
         file = out.with_name(f"{out.stem}-{number}.json")
