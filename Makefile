@@ -48,6 +48,8 @@ bench: $(VENV)/.bench  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/off.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/explain.py
+	$(BIN)/python benchmarks/explain_peers.py
 
 docs: $(VENV)/.docs  ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
