@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable, Sequence
+from types import CodeType
 
 from torch.nn import Parameter
 
 from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain._cuts import Cut, describe, in_region
 from gradctl._explain._numbers_in import number_escape
+from gradctl._explain._source import source_of
 from gradctl._explain.rules import Rule
-from gradctl._lineage import ErrorFacts, Escape, Node, breaks, live_leaves, site, source, sufficient_breaks, upstream
+from gradctl._lineage import ErrorFacts, Escape, Node, Site, Stack, breaks, live_leaves, site, source, sufficient_breaks, upstream
 
 _MESSAGE = "does not require grad and does not have a grad_fn"
 _SYMPTOM = "backward() refused: the loss has no history, so no parameter can get a gradient"
@@ -105,12 +108,30 @@ def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], erro
     )  # fmt: skip
 
 
-def frozen_by(stack: Sequence[tuple[object, int]]) -> tuple[object, tuple[tuple[object, str], ...]]:
-    """Return the line that decided to freeze: the innermost that is not the flag's own assignment in a helper."""
-    places = [site(entry) for entry in stack]  # type: ignore[arg-type]
-    inside = next((n for n, p in enumerate(places) if p.function == "<module>"), len(places)) + 1
-    chosen = next((p for p in places[:inside] if "requires_grad" not in source(p)), places[0] if places else None)
+def frozen_by(stack: Stack) -> tuple[Site | None, tuple[tuple[Site | None, str], ...]]:
+    """Return the line that decided to freeze, and the lines through which it did.
+
+    That is the line of the flag where the flag is worked out there; a helper that sets what it is given leaves the
+    decision to its caller.
+    """
+    places = [site(entry) for entry in stack]
+    chosen = places[0] if places else None
+    if places and not _works_out_flag(stack[0]):
+        inside = next((n for n, p in enumerate(places) if p.function == "<module>"), len(places)) + 1
+        chosen = next((p for p in places[:inside] if "requires_grad" not in source(p)), places[0])
     return chosen, tuple((p, "frozen") for p in places if p != chosen)
+
+
+def _works_out_flag(entry: tuple[CodeType, int]) -> bool:
+    """Whether the new value of `requires_grad` is computed on its line, from a name or a pattern for example."""
+    found = source_of(entry)
+    statement = found.statement(entry) if found is not None else None
+    value: ast.expr | None = None
+    if isinstance(statement, ast.Assign):
+        value = statement.value
+    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call) and statement.value.args:
+        value = statement.value.args[0]
+    return isinstance(value, (ast.Call, ast.Compare, ast.BoolOp, ast.UnaryOp))
 
 
 def _is_parameter(context: Context, node: Node) -> bool:

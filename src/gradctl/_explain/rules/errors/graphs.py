@@ -177,16 +177,31 @@ def _shared(error: Raised, edge: _Edge) -> Candidate:
 def _once(error: Raised, edge: _Edge) -> Candidate:
     return Candidate(
         "graph_reused",
-        edge.producer.site or error.here,
+        _cache_of(edge.producer) or edge.producer.site or error.here,
         "a value that was computed once is gone backward through twice",
         f"`{word(edge.producer)}` ran once here; the first backward() freed its graph, and the next step uses it",
         "compute it in every iteration, or detach it if it is data",
         confidence=0.93 * error.certainty,
-        evidence=((edge.consumer.site, "used"), (place(edge.mark[1]), "freed"), (error.here, "backward")),
+        evidence=(
+            (edge.producer.site, "computed"), (edge.consumer.site, "used"), (place(edge.mark[1]), "freed"),
+            (error.here, "backward"),
+        ),
         node=edge.producer,
         root=error.root,
         explains="error",
     )
+
+
+def _cache_of(node: Node) -> Site | None:
+    """Return the line of the decorator (`cached_property`, `lru_cache`, `cache`) that keeps what a function computed."""
+    for entry in node.stack:
+        source = source_of(entry)
+        statement = source.statement(entry) if source is not None else None
+        function = source.function(statement) if source is not None and statement is not None else None
+        for decorator in getattr(function, "decorator_list", ()):
+            if "cache" in ast.unparse(decorator):
+                return site(entry)._replace(line=decorator.lineno)
+    return None
 
 
 def _stale(context: Context, error: Raised, edge: _Edge) -> Iterable[Candidate]:

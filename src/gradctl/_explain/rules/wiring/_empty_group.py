@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable
 
 from gradctl._explain._context import Candidate, Context, count, place
-from gradctl._explain._source import source_of
+from gradctl._explain._source import Source, definitions, source_of, value_of_binding
 from gradctl._explain.rules.wiring._unheld import unheld
 from gradctl._lineage import Site, Stack
 
@@ -44,5 +44,16 @@ def _line_of_group(stack: Stack, number: int) -> Site | None:
         return None
     for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
         if isinstance(argument, ast.List) and number < len(argument.elts):
-            return where._replace(line=argument.elts[number].lineno)
+            group = argument.elts[number]
+            return where._replace(line=_generator(source, group) or group.lineno)
+    return None
+
+
+def _generator(source: Source, group: ast.expr) -> int | None:
+    """Return the line of the generator expression that a group takes its parameters from; it may be used up."""
+    statement = source.statement_of(group)
+    for name in [part.id for part in ast.walk(group) if isinstance(part, ast.Name)] if statement is not None else ():
+        for definition in definitions(source, name, statement):
+            if isinstance(value_of_binding(definition), ast.GeneratorExp):
+                return definition.lineno
     return None
