@@ -181,3 +181,10 @@ def test_no_page_and_no_case_holds_a_path_of_a_machine() -> None:
     for path in (*CAUSES.iterdir(), *CASES.iterdir()):
         if path.is_file():
             assert not re.search(r"/(home|root|tmp|work|usr|Users)/", path.read_text(encoding="utf-8")), path.name
+
+
+def test_every_cause_has_a_fix_of_one_line() -> None:
+    from gradctl._explain._fixes import fix_for
+
+    fixes = {slug: fix_for(slug) for slug in TEXTS}
+    assert [slug for slug, fix in fixes.items() if "gradctl cause" in fix or "\n" in fix] == []

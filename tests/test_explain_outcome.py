@@ -157,6 +157,19 @@ def test_where_no_second_run_shows_anything_crumbs_are_told_as_what_they_are() -
     assert again.sentence.startswith("the traced run ended with FileExistsError: model.pt (train.py:3)")
 
 
+def test_the_place_of_a_crumb_is_relative_to_the_scripts_folder() -> None:
+    places = {
+        "/home/a/train.py": "train.py",
+        "/home/a/parts/net.py": "parts/net.py",
+        "/home/ab/net.py": "/home/ab/net.py",
+    }
+    for absolute, written in places.items():
+        crumb = replace(DETACH, primary=Span(absolute, 7))
+        told = ran(NONE, crumbs=[crumb.to_json()], script="/home/a/train.py")
+        [found] = conclude("train.py", told, None, Options(rerun=False)).findings
+        assert found.primary == Span(written, 7)
+
+
 def test_crumbs_of_a_run_without_a_symptom_are_not_told() -> None:
     crumbs = [DETACH.to_json()]
     assert concluded(ran(crumbs=crumbs), None, Options(rerun=False))[0] == 0

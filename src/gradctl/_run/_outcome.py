@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ class Ran:
     @property
     def crumbs(self) -> tuple[Finding, ...]:
         """What the sentinel picked up on its way."""
-        return tuple(Finding.from_json(data) for data in self.told.get("crumbs", ()))
+        folder = os.path.dirname(self.told.get("script") or "")
+        return tuple(_below(folder, Finding.from_json(data)) for data in self.told.get("crumbs", ()))
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -260,6 +261,14 @@ def _findings(
     if error is not None and not second.gradient_error and not (first and first.gradient_error):
         remarks = (*remarks, f"the script itself ended with {_error(error)}")
     return second.findings, (FINDINGS, "1 cause" if real == 1 else f"{real} causes"), remarks
+
+
+def _below(folder: str, finding: Finding) -> Finding:
+    """Write the place of a crumb as findings write theirs: relative to the script's folder where it lies below it."""
+    place = finding.primary
+    if place is None or not folder or not place.file.startswith(folder.rstrip(os.sep) + os.sep):
+        return finding
+    return replace(finding, primary=replace(place, file=os.path.relpath(place.file, folder)))
 
 
 def _from_crumbs(first: Ran, why: str) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
