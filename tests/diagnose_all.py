@@ -15,20 +15,12 @@ import warnings
 from pathlib import Path
 
 # Loaded once, before the forks: what takes seconds in a program of thirty lines is this import.
+import torch
 import torch._dynamo
-import torch.distributed
+import torch.distributed  # noqa: F401
 
-from gradctl._explain import Sentinel, Tracing
+from gradctl._explain import Tracing
 from gradctl._explain.rules import every_rule
-
-
-def sense(script: Path, out: Path) -> None:
-    """Run `script` under the sentinel of the first stage and write what it saw; ends the process."""
-    sentinel = Sentinel()
-    sentinel.install()
-    error = _run(script)
-    seen = sentinel.finish(error)
-    out.write_text(json.dumps({"symptoms": [symptom["text"] for symptom in seen["symptoms"]]}))
 
 
 def diagnose(script: Path, out: Path) -> None:
@@ -56,8 +48,8 @@ def _run(script: Path) -> BaseException | None:
     return None
 
 
-def in_fork(act: object, script: Path, out: Path) -> int:
-    """Run one of the two above in a forked child; return its exit code."""
+def in_fork(script: Path, out: Path) -> int:
+    """Run `diagnose` in a forked child; return its exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -68,7 +60,7 @@ def in_fork(act: object, script: Path, out: Path) -> int:
         log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 2)
         warnings.simplefilter("ignore")
-        act(script, out)  # type: ignore[operator]
+        diagnose(script, out)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -77,7 +69,7 @@ def in_fork(act: object, script: Path, out: Path) -> int:
         os._exit(code)
 
 
-def main(act: str, out: Path, scripts: list[Path]) -> None:
+def main(out: Path, scripts: list[Path]) -> None:
     torch.set_num_threads(1)
     every_rule()
     gc.collect()
@@ -85,7 +77,7 @@ def main(act: str, out: Path, scripts: list[Path]) -> None:
     results: dict[str, object] = {}
     for number, script in enumerate(scripts):
         file = out.with_name(f"{out.stem}-{number}.json")
-        code = in_fork({"diagnose": diagnose, "sense": sense}[act], script, file)
+        code = in_fork(script, file)
         results[str(script)] = (
             json.loads(file.read_text()) if code == 0 else {"failed": file.with_suffix(".log").read_text()[-2000:]}
         )
@@ -93,4 +85,4 @@ def main(act: str, out: Path, scripts: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), [Path(script) for script in sys.argv[3:]])
+    main(Path(sys.argv[1]), [Path(script) for script in sys.argv[2:]])

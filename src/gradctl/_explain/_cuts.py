@@ -188,7 +188,9 @@ def _argument(tree: ast.Module | None, where: Site, name: str, order: Sequence[s
 def _enclosing(tree: ast.Module | None, where: Site) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     found: ast.FunctionDef | ast.AsyncFunctionDef | None = None
     for node in ast.walk(tree) if tree is not None else ():
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= where.line <= (node.end_lineno or 0):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.lineno <= where.line <= (
+            node.end_lineno or 0
+        ):
             found = node if found is None or node.lineno > found.lineno else found
     return found
 

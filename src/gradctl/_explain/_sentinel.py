@@ -25,7 +25,8 @@ from gradctl._lineage import Frames
 from gradctl._names import NameBook
 
 _WITHOUT_OPTIMIZER = 8
-_AGAIN = (50, 500, 5000, 50000)
+_EVERY = ((64, 8), (1024, 64))
+_SELDOM = 512
 _KEPT = 3
 _SHOWN = 3
 
@@ -140,11 +141,10 @@ class Sentinel:
             self._mode.close()
 
     def _turn(self, steps: int) -> None:
-        """Open and close the eyes: for the first steps, and for two steps now and then."""
-        enough = steps >= DENSE and steps - 1 not in _AGAIN and steps not in _AGAIN
-        if self._looking and (enough or self._mode.weary):
+        """Open and close the eyes for the step after `steps`."""
+        if not _looked_at(steps + 1) or self._mode.weary:
             self._close()
-        elif not self._looking and steps + 1 in _AGAIN:
+        else:
             self._open()
         self._mode.step = steps + 1
 
@@ -363,3 +363,12 @@ def _forget_in_child(reference: weakref.ref[Any]) -> None:
         sentinel._off = True
         sentinel._may_look = False
         sentinel._close()
+
+
+def _looked_at(step: int) -> bool:
+    """Whether lines are looked at in a step, from 1: in the first ones, then in every 8th, 64th, 512th.
+
+    A fault that begins late and lasts is met before long, and the share of the cost stays what it is.
+    """
+    every = next((every for until, every in _EVERY if step <= until), _SELDOM)
+    return step <= DENSE or step % every == 0

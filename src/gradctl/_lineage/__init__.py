@@ -1,4 +1,4 @@
-"""Where gradients come from: a tracer that keeps the lineage of every value, through breaks, and the facts of each step.
+"""Where gradients come from: a tracer that keeps the lineage of values, through breaks, and the facts of each step.
 
 Facts only; nothing here judges. A `Trace` listens through `_taps` and one TorchFunctionMode for each thread, keeps no
 tensor alive, replaces no result and never raises into the program.

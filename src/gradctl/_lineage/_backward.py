@@ -292,7 +292,9 @@ class _Call:
             meets, words = meeting(copy, nodes)
             if meets is None:
                 continue
-            entry = tracer.facts.partial_cuts.setdefault((copy.cut, copy.stack[:1]), [copy, self.facts, 0, meets, words])
+            entry = tracer.facts.partial_cuts.setdefault(
+                (copy.cut, copy.stack[:1]), [copy, self.facts, 0, meets, words]
+            )
             entry[2] += 1
 
     def _derivatives(self) -> None:

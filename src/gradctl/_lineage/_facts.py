@@ -86,7 +86,7 @@ class Placement(NamedTuple):
 
 
 class HookFacts(NamedTuple):
-    """A hook was registered on a tensor; `code` is that of the function. `after`: it runs when a leaf's gradient has been accumulated."""
+    """A hook was registered on a tensor; `code` is its function's. `after`: it runs once a gradient has accumulated."""
 
     tensor_id: int
     node: Node
@@ -168,9 +168,7 @@ class OptimizerFacts:
     last_step_stack: Stack = ()
     last_step_generation: int = -1
     step_seqs: deque[int] = field(default_factory=lambda: deque[int](maxlen=512))
-    uncleared: list[tuple[int, Stack, frozenset[int]]] = field(
-        default_factory=list[tuple[int, Stack, frozenset[int]]]
-    )
+    uncleared: list[tuple[int, Stack, frozenset[int]]] = field(default_factory=list[tuple[int, Stack, frozenset[int]]])
 
 
 class Joining(NamedTuple):
@@ -245,8 +243,8 @@ class Taken:
     """A line came between the last backward and the step, which therefore lacks gradients.
 
     Attributes:
-        kind: "cleared", "zeroed" (an edit or assignment left zeros), "replaced" (by what does not come from the gradient
-            of this step), "discarded" (cleared before the next microbatch, at the same backward line).
+        kind: "cleared", "zeroed" (an edit or assignment left zeros), "replaced" (by what does not come from this step's
+            gradient), "discarded" (cleared before the next microbatch, at the same backward line).
         event: the last such event.
         optimizer: whose step it was.
         stack: where that optimizer steps.

@@ -1,4 +1,4 @@
-"""Whose code a frame is, and where it stood: user frames as `(code, lasti)` pairs, resolved to lines only when asked."""
+"""Whose code a frame is, and where it stood: user frames as `(code, lasti)`, resolved to lines only when asked."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOT_USER = tuple(
 
 
 class Site(NamedTuple):
-    """A place in a source file: absolute path (as the code names it), line from 1, and the function's qualified name."""
+    """A place in a source file: path (as the code names it), line from 1, and the function's qualified name."""
 
     file: str
     line: int

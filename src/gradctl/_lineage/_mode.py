@@ -60,6 +60,8 @@ class Mode(TorchFunctionMode):
             return HANDLERS[plan.name](tracer, func, args, kwargs)
         tensors = tensors_in(args, kwargs)
         stack: Stack | None = None
+        inputs: list[Node] = []
+        live: list[bool] = []
         try:
             guard = any([type(tensor) not in _TORCH_TENSORS for tensor in tensors])
             with torch._C.DisableTorchFunctionSubclass() if guard else _NOTHING:
@@ -117,8 +119,10 @@ class Mode(TorchFunctionMode):
                     else:
                         node = tracer.made(plan.name, output, inputs, live, stack)
                     if scalars is None:
-                        scalars = numbers_in(args) if plan.name in REWRAPS else tuple(
-                            [value for value in args if type(value) in (float, int)]
+                        scalars = (
+                            numbers_in(args)
+                            if plan.name in REWRAPS
+                            else tuple([value for value in args if type(value) in (float, int)])
                         )
                     node.scalars = scalars
                     tracer.look(node, output, tensors)
@@ -129,7 +133,15 @@ class Mode(TorchFunctionMode):
         return out
 
     @staticmethod
-    def _changed(tracer: Tracer, op: str, tensor: Tensor, inputs: list[Node], live: list[bool], stack: Stack, arguments: list[Tensor]) -> None:
+    def _changed(
+        tracer: Tracer,
+        op: str,
+        tensor: Tensor,
+        inputs: list[Node],
+        live: list[bool],
+        stack: Stack,
+        arguments: list[Tensor],
+    ) -> None:
         """Give a tensor that was changed in place, and its base, their new nodes."""
         if is_leaf(tensor) and (tensor.requires_grad or isinstance(tensor, Parameter)):
             return
@@ -422,9 +434,13 @@ def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         tracer.grad_event("none", [id(tensor)], "grad.__set__", stack)
         return
     known = tracer.map.get(value)
-    if before is value and known is not None and known.op == "grad" and known.scalars:
-        if known.scalars[0] != value._version and known.generation < tracer.facts.generation:
-            tracer.reused("put back", known, "grad.__set__", stack, id(tensor))
+    put_back = known if before is value and known is not None and known.op == "grad" and known.scalars else None
+    if (
+        put_back is not None
+        and put_back.scalars[0] != value._version
+        and put_back.generation < tracer.facts.generation
+    ):
+        tracer.reused("put back", put_back, "grad.__set__", stack, id(tensor))
     frame = _caller()
     user = frame is not None and tracer.frames.is_user(frame.f_code.co_filename)
     sources = sources_of(known) if user else None

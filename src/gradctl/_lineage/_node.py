@@ -43,7 +43,7 @@ class Region:
         self.stack = stack
         self.decorated: Any = None
         self.library: str | None = None
-        self.frame = (0, 0)
+        self.frame: tuple[int, int] = (0, 0)
         self.still_open = False
         self.left_on = False
         self.generator = False
@@ -71,13 +71,13 @@ class Node:
         storage: address of its storage's record, by which in-place changes are matched; 0 where it has none.
         ref: weak reference to the tensor.
         scalars: Python numbers among the arguments (used to find where a number came from).
-        grads: ids of the leaves whose `.grad` it was computed from, with the order of the newest reading; None for most.
+        grads: ids of the leaves whose `.grad` it was computed from, with the order of the newest reading, or None.
         extra: further facts of single operations (`create_graph` of autograd.grad, the class of a custom Function...).
     """
 
     __slots__ = (
-        "__weakref__", "cut", "dtype", "extra", "generation", "grads", "inputs", "leaf", "live", "live_inputs", "op", "ref",
-        "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
+        "__weakref__", "cut", "dtype", "extra", "generation", "grads", "inputs", "leaf", "live", "live_inputs", "op",
+        "ref", "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
     )  # fmt: skip
 
     def __init__(

@@ -7,25 +7,28 @@ from typing import Any, Literal, NamedTuple
 Kind = Literal["pass", "operation", "escape", "special"]
 
 _ASK = frozenset(
-    "shape dtype device layout ndim is_leaf grad_fn requires_grad is_cuda is_sparse _version is_quantized is_nested "
-    "output_nr _base nbytes _backward_hooks is_mps is_meta names retains_grad is_cpu _grad_fn itemsize is_xla".split()
+    "shape dtype device layout ndim is_leaf grad_fn requires_grad is_cuda is_sparse _version is_quantized "
+    "is_nested output_nr _base nbytes _backward_hooks is_mps is_meta names retains_grad is_cpu _grad_fn "
+    "itemsize is_xla".split()
 )
 """Properties that only tell something about the tensor; reading `requires_grad` is among them, writing it is not."""
 
 _PASS = frozenset(
-    "dim size numel stride is_floating_point is_complex __len__ storage_offset data_ptr is_contiguous register_hook "
-    "__repr__ __format__ __hash__ _record_function_enter_new element_size untyped_storage is_inference is_same_size "
-    "register_post_accumulate_grad_hook get_device is_conj is_neg _is_view __dir__ result_type nelement ndimension "
-    "is_pinned is_shared is_set_to storage _typed_storage dense_dim sparse_dim is_coalesced can_cast __reduce_ex__ "
-    "__setstate__ _reduce_ex_internal __deepcopy__ retain_grad share_memory_ record_stream pin_memory __contains__ "
-    "is_tensor is_nonzero iinfo is_storage backward grad".split()
+    "dim size numel stride is_floating_point is_complex __len__ storage_offset data_ptr is_contiguous "
+    "register_hook __repr__ __format__ __hash__ _record_function_enter_new element_size untyped_storage "
+    "is_inference is_same_size register_post_accumulate_grad_hook get_device is_conj is_neg _is_view __dir__ "
+    "result_type nelement ndimension is_pinned is_shared is_set_to storage _typed_storage dense_dim "
+    "sparse_dim is_coalesced can_cast __reduce_ex__ __setstate__ _reduce_ex_internal __deepcopy__ retain_grad "
+    "share_memory_ record_stream pin_memory __contains__ is_tensor is_nonzero iinfo is_storage backward grad".split()
 )
-ESCAPES = frozenset("item __float__ __int__ tolist numpy __array__ __index__ __complex__ __dlpack__".split())
+ESCAPES = frozenset(
+    ["item", "__float__", "__int__", "tolist", "numpy", "__array__", "__index__", "__complex__", "__dlpack__"]
+)
 COMPARISONS = frozenset(
-    "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ logical_and logical_or logical_not logical_xor isclose "
-    "greater less greater_equal less_equal isnan isinf isfinite not_equal".split()
+    "gt lt ge le eq ne __eq__ __ne__ __gt__ __lt__ __ge__ __le__ logical_and logical_or logical_not "
+    "logical_xor isclose greater less greater_equal less_equal isnan isinf isfinite not_equal".split()
 )
-CASTS = frozenset("long int short byte bool char to type type_as".split())
+CASTS = frozenset(["long", "int", "short", "byte", "bool", "char", "to", "type", "type_as"])
 REWRAPS = frozenset({"tensor", "as_tensor", "asarray", "scalar_tensor"})
 SAME_AS_FIRST = frozenset({"to", "type", "type_as", "view_as", "expand_as", "reshape_as"})
 _NAMED_IN_PLACE = frozenset({"__setitem__"})
@@ -33,14 +36,13 @@ _MAY_BE_IN_PLACE = frozenset(
     "relu dropout leaky_relu elu relu6 hardtanh silu selu celu rrelu hardswish hardsigmoid threshold mish "
     "alpha_dropout dropout1d dropout2d dropout3d feature_alpha_dropout batch_norm normalize".split()
 )
-ONE_TO_ONE = frozenset(
-    {"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d", "align_tensors"}
-)
+ONE_TO_ONE = frozenset({"broadcast_tensors", "meshgrid", "atleast_1d", "atleast_2d", "atleast_3d", "align_tensors"})
 """Operations on several tensors whose outputs belong to the inputs one by one."""
 VIEWS = frozenset(
-    "view reshape permute transpose t squeeze unsqueeze expand flatten unflatten chunk split unbind __getitem__ select "
-    "narrow expand_as view_as swapaxes movedim contiguous detach T mT __iter__ diagonal unfold detach_ requires_grad_ "
-    "split_with_sizes tensor_split ravel T.__get__ mT.__get__ data.__get__ real.__get__ imag.__get__ to".split()
+    "view reshape permute transpose t squeeze unsqueeze expand flatten unflatten chunk split unbind "
+    "__getitem__ select narrow expand_as view_as swapaxes movedim contiguous detach T mT __iter__ diagonal "
+    "unfold detach_ requires_grad_ split_with_sizes tensor_split ravel T.__get__ mT.__get__ data.__get__ "
+    "real.__get__ imag.__get__ to".split()
 )
 """Operations whose output holds the same numbers as an input: nothing new to check for NaN."""
 

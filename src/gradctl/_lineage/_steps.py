@@ -140,9 +140,7 @@ def _buffers_cleared(tracer: Tracer, mine: OptimizerFacts, params: list[Tensor])
     return {
         id(p)
         for p in params
-        if p.grad is not None
-        and p.grad.layout is torch.strided
-        and p.grad.untyped_storage()._cdata in storages
+        if p.grad is not None and p.grad.layout is torch.strided and p.grad.untyped_storage()._cdata in storages
     }
 
 

@@ -319,7 +319,8 @@ def _placement(tracer: Tracer, owner: Any, name: str, value: Any, slots: Any, st
         weakref.ref(value),
         None if before is None else weakref.ref(before),
         stack,
-        tracer.seq(), id(value),
+        tracer.seq(),
+        id(value),
     )
 
 

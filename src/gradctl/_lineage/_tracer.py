@@ -25,8 +25,8 @@ from gradctl._lineage._walk import Unreached, sources_of
 
 _GENERATIONS = 2
 _BOUNDS = frozenset(
-    "clamp_ clamp_min_ clamp_max_ clip_ renorm_ mul_ __imul__ div_ __itruediv__ zero_ fill_ nan_to_num_ normal_ uniform_ "
-    "round_ masked_fill_ _foreach_mul_ _foreach_clamp_min_ _foreach_clamp_max_".split()
+    "clamp_ clamp_min_ clamp_max_ clip_ renorm_ mul_ __imul__ div_ __itruediv__ zero_ fill_ nan_to_num_ "
+    "normal_ uniform_ round_ masked_fill_ _foreach_mul_ _foreach_clamp_min_ _foreach_clamp_max_".split()
 )
 """In-place changes that keep a weight within bounds, or clear it: not those by which another hand trains it."""
 _WAITING = 4096
@@ -147,7 +147,9 @@ class Tracer:
     def leaf(self, tensor: Tensor) -> Node:
         """Return a node for a tensor that was made out of sight, or for a leaf."""
         grad_fn = grad_fn_of(tensor)
-        node = self.new("leaf" if grad_fn is None else "unknown", self.defined.get(tensor) or self.created.get(tensor) or ())
+        node = self.new(
+            "leaf" if grad_fn is None else "unknown", self.defined.get(tensor) or self.created.get(tensor) or ()
+        )
         node.requires_grad = tensor.requires_grad
         node.leaf = grad_fn is None
         node.live = grad_fn is not None

@@ -8,11 +8,26 @@ from typing import Any
 from gradctl._lineage._facts import Escape
 from gradctl._lineage._node import Node
 
-ADDITIONS = frozenset("add __add__ __radd__ __iadd__ add_ sub __sub__ __rsub__ __isub__ sub_ subtract rsub".split())
+ADDITIONS = frozenset(
+    [
+        "add",
+        "__add__",
+        "__radd__",
+        "__iadd__",
+        "add_",
+        "sub",
+        "__sub__",
+        "__rsub__",
+        "__isub__",
+        "sub_",
+        "subtract",
+        "rsub",
+    ]
+)
 """Operations that add two values."""
 _JOINS = ADDITIONS | frozenset(
-    "sum mean stack cat neg __neg__ negative squeeze unsqueeze reshape view to float double half bfloat16 clone "
-    "contiguous".split()
+    "sum mean stack cat neg __neg__ negative squeeze unsqueeze reshape view to float double half bfloat16 "
+    "clone contiguous".split()
 )
 _SCALINGS = frozenset(
     "mul __mul__ __rmul__ mul_ __imul__ multiply div __truediv__ true_divide divide div_ __itruediv__".split()
@@ -200,7 +215,7 @@ class Unreached:
         cone = {id(leaf)}
         last: Node | None = None
         for node in self._log:
-            if any([id(parent) in cone for parent in node.inputs]):
+            if any(id(parent) in cone for parent in node.inputs):
                 cone.add(id(node))
                 if node.live or last is None:
                     last = node

@@ -13,7 +13,19 @@ from gradctl._explain._cuts import Cut, describe, in_region
 from gradctl._explain._numbers_in import number_escape
 from gradctl._explain._source import source_of
 from gradctl._explain.rules import Rule
-from gradctl._lineage import ErrorFacts, Escape, Node, Site, Stack, breaks, live_leaves, site, source, sufficient_breaks, upstream
+from gradctl._lineage import (
+    ErrorFacts,
+    Escape,
+    Node,
+    Site,
+    Stack,
+    breaks,
+    live_leaves,
+    site,
+    source,
+    sufficient_breaks,
+    upstream,
+)
 
 _MESSAGE = "does not require grad and does not have a grad_fn"
 _SYMPTOM = "backward() refused: the loss has no history, so no parameter can get a gradient"
@@ -54,23 +66,42 @@ def no_history(context: Context) -> Iterable[Candidate]:
 
 
 def _candidate(
-    context: Context, cut: Cut, roots: Sequence[Node], node: Node | None, leaf: Node | None,
-    parameters: tuple[int, ...], confidence: float, error: ErrorFacts,
-) -> Candidate:  # fmt: skip
+    context: Context,
+    cut: Cut,
+    roots: Sequence[Node],
+    node: Node | None,
+    leaf: Node | None,
+    parameters: tuple[int, ...],
+    confidence: float,
+    error: ErrorFacts,
+) -> Candidate:
     return Candidate(
-        cut.slug, cut.place, _SYMPTOM, f"{cut.why}; nothing that a gradient could follow leads from there to the loss",
-        confidence=confidence, evidence=(*cut.evidence, (place(error.stack), "backward")), parameters=parameters,
-        node=node, leaf=leaf, root=roots[0], explains="error",
-    )  # fmt: skip
+        cut.slug,
+        cut.place,
+        _SYMPTOM,
+        f"{cut.why}; nothing that a gradient could follow leads from there to the loss",
+        confidence=confidence,
+        evidence=(*cut.evidence, (place(error.stack), "backward")),
+        parameters=parameters,
+        node=node,
+        leaf=leaf,
+        root=roots[0],
+        explains="error",
+    )
 
 
 def _mode_is_off(context: Context, error: ErrorFacts, roots: Sequence[Node]) -> Candidate:
     region = error.regions[-1]
     cut = in_region(region, "backward()", place(error.stack))
     return Candidate(
-        cut.slug, cut.place, _SYMPTOM, f"gradients are off at the moment of backward(): {cut.why}",
-        confidence=0.98, evidence=(*cut.evidence, (place(error.stack), "backward")), explains="error",
-    )  # fmt: skip
+        cut.slug,
+        cut.place,
+        _SYMPTOM,
+        f"gradients are off at the moment of backward(): {cut.why}",
+        confidence=0.98,
+        evidence=(*cut.evidence, (place(error.stack), "backward")),
+        explains="error",
+    )
 
 
 def _wanted(context: Context) -> set[int]:
@@ -94,18 +125,31 @@ def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], erro
     if not events:
         where = place(leaves[0].stack)
         return Candidate(
-            "frozen_params", where, _SYMPTOM, f"all {count(len(leaves), 'parameter')} behind the loss were frozen from the start",
-            confidence=0.6, parameters=tuple(ids), root=roots[0], explains="error",
-        )  # fmt: skip
+            "frozen_params",
+            where,
+            _SYMPTOM,
+            f"all {count(len(leaves), 'parameter')} behind the loss were frozen from the start",
+            confidence=0.6,
+            parameters=tuple(ids),
+            root=roots[0],
+            explains="error",
+        )
     event = events[-1]
     where, evidence = frozen_by(event.stack)
     why = f"{count(len(ids), 'parameter')} behind the loss {'is' if len(ids) == 1 else 'are'} frozen here"
     if trained:
         why += f"; {'it' if len(ids) == 1 else 'they'} had gradients in earlier steps"
     return Candidate(
-        "frozen_params", where, _SYMPTOM, why, confidence=0.96 if trained or wanted else 0.85,
-        evidence=(*evidence, (place(error.stack), "backward")), parameters=tuple(ids), root=roots[0], explains="error",
-    )  # fmt: skip
+        "frozen_params",
+        where,
+        _SYMPTOM,
+        why,
+        confidence=0.96 if trained or wanted else 0.85,
+        evidence=(*evidence, (place(error.stack), "backward")),
+        parameters=tuple(ids),
+        root=roots[0],
+        explains="error",
+    )
 
 
 def frozen_by(stack: Stack) -> tuple[Site | None, tuple[tuple[Site | None, str], ...]]:
@@ -163,10 +207,17 @@ def _from_escape(
     ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves)
     leaf = next((context.facts.parameters[key].node for key in ids), None)
     return Candidate(
-        slug, place(escape.stack), _SYMPTOM, f"the value left autograd through {how} here and came back as plain data",
-        confidence=confidence, evidence=((back, "came back"), (place(error.stack), "backward")), parameters=ids,
-        node=escape.node, leaf=leaf, explains="error",
-    )  # fmt: skip
+        slug,
+        place(escape.stack),
+        _SYMPTOM,
+        f"the value left autograd through {how} here and came back as plain data",
+        confidence=confidence,
+        evidence=((back, "came back"), (place(error.stack), "backward")),
+        parameters=ids,
+        node=escape.node,
+        leaf=leaf,
+        explains="error",
+    )
 
 
 def escape_words(escape: Escape) -> tuple[str, str]:

@@ -93,9 +93,17 @@ def cut_on_the_way(context: Context) -> Iterable[Candidate]:
             why = f"{cut.why}; requires_grad=True only made a new leaf of the loss, which lets backward() run"
             evidence = ((place(forced.stack), "forced"), *cut.evidence)
         yield Candidate(
-            slug, where, _symptom(group), why, confidence=0.85 if group[0].late else 0.95,
-            evidence=evidence, parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node, root=root,
-        )  # fmt: skip
+            slug,
+            where,
+            _symptom(group),
+            why,
+            confidence=0.85 if group[0].late else 0.95,
+            evidence=evidence,
+            parameters=tuple(m.key for m in group),
+            node=node,
+            leaf=group[0].facts.node,
+            root=root,
+        )
 
 
 def _likeliest(context: Context, nodes: Sequence[Node]) -> Node:
@@ -165,11 +173,16 @@ def left_as_a_number(context: Context) -> Iterable[Candidate]:
     for (slug, where), group in groups.items():
         escape, back = chosen[slug, where]
         yield Candidate(
-            slug, where, _symptom(group),
+            slug,
+            where,
+            _symptom(group),
             f"{escape_words(escape)[1]} turns the value into plain data here, and only that reaches the loss",
-            confidence=0.9 if back else 0.4, evidence=((back, "came back"),),
-            parameters=tuple(m.key for m in group), node=escape.node, leaf=group[0].facts.node,
-        )  # fmt: skip
+            confidence=0.9 if back else 0.4,
+            evidence=((back, "came back"),),
+            parameters=tuple(m.key for m in group),
+            node=escape.node,
+            leaf=group[0].facts.node,
+        )
 
 
 def _comes_back(escape: Escape, roots: Sequence[Node]) -> Site | None:
@@ -192,16 +205,17 @@ def unused(context: Context) -> Iterable[Candidate]:
     context.name_all(context.facts.parameters)
     for missing in all_missing:
         if missing.kind == "unused_output":
-            node: Node = missing.evidence
-            where = where_dropped(node) or place(node.stack)
-            key = ("unused_output", where)
+            node: Node | None = missing.evidence
+            assert node is not None
+            key = ("unused_output", where_dropped(node) or place(node.stack))
         else:
-            node, where = None, place(missing.facts.node.stack)
-            key = ("unused_param", where)
+            node = None
+            key = ("unused_param", place(missing.facts.node.stack))
         groups[key].append(missing)
         nodes[key] = node
     for (slug, where), group in groups.items():
         node = nodes[slug, where]
+        stack = node.stack if node is not None else group[0].facts.node.stack[1:]
         benign = all(m.facts.of_library or _routed(context, m) for m in group)
         if slug == "unused_param":
             why = "it is registered here, and nothing is ever computed from it"
@@ -209,10 +223,17 @@ def unused(context: Context) -> Iterable[Candidate]:
             assert node is not None
             why = f"what it computes (`{node.op}`) never reaches a loss that backward() is called on"
         yield Candidate(
-            slug, where, _symptom(group), why, confidence=0.4 if benign else 0.75, severity="note" if benign else "warning",
-            evidence=tuple((site(entry), "computed" if node else "called from") for entry in (node.stack if node else group[0].facts.node.stack[1:])[:3]),
-            parameters=tuple(m.key for m in group), node=node, leaf=group[0].facts.node,
-        )  # fmt: skip
+            slug,
+            where,
+            _symptom(group),
+            why,
+            confidence=0.4 if benign else 0.75,
+            severity="note" if benign else "warning",
+            evidence=tuple((site(entry), "computed" if node else "called from") for entry in stack[:3]),
+            parameters=tuple(m.key for m in group),
+            node=node,
+            leaf=group[0].facts.node,
+        )
 
 
 def _routed(context: Context, missing: _Missing) -> bool:
@@ -252,11 +273,18 @@ def dead_term(context: Context) -> Iterable[Candidate]:
         if not ids:
             continue
         yield Candidate(
-            cut.slug, cut.place, f"a term of the loss is a constant: it was added in {count(times, 'backward')} and trains nothing",
+            cut.slug,
+            cut.place,
+            f"a term of the loss is a constant: it was added in {count(times, 'backward')} and trains nothing",
             f"{cut.why}; adding a constant to the loss changes no gradient",
-            confidence=0.88 - 0.2 * cut.deliberate * (cut.slug in ("argmax", "comparison")), evidence=(*cut.evidence, (place(part.stack), "term"), (place(root.stack), "added")),
-            parameters=ids, node=node, leaf=context.facts.parameters[ids[0]].node, root=root, explains="wrong",
-        )  # fmt: skip
+            confidence=0.88 - 0.2 * cut.deliberate * (cut.slug in ("argmax", "comparison")),
+            evidence=(*cut.evidence, (place(part.stack), "term"), (place(root.stack), "added")),
+            parameters=ids,
+            node=node,
+            leaf=context.facts.parameters[ids[0]].node,
+            root=root,
+            explains="wrong",
+        )
 
 
 def _is_teacher(context: Context, node: Node) -> bool:
@@ -285,7 +313,7 @@ def _same_values(live: Node, dead: Node) -> bool:
 
 def number_in_the_loss(context: Context) -> Iterable[Candidate]:
     """A term of the loss is a plain number that was read from a value with history."""
-    for join, root, times, escapes, _ in context.facts.dead_numbers.values():
+    for join, _, times, escapes, _ in context.facts.dead_numbers.values():
         live = [e for e in escapes if e.live and e.generation == join.generation]
         found = number_escape(join, live) if live else None
         if found is None or found[1] < 0.9:
@@ -297,11 +325,17 @@ def number_in_the_loss(context: Context) -> Iterable[Candidate]:
             continue
         slug, how = escape_words(escape)
         yield Candidate(
-            slug, place(escape.stack), f"a term of the loss is a plain number: it was added in {count(times, 'backward')} and trains nothing",
+            slug,
+            place(escape.stack),
+            f"a term of the loss is a plain number: it was added in {count(times, 'backward')} and trains nothing",
             f"{how} turns the value into plain data here; adding a constant to the loss changes no gradient",
-            confidence=confidence - 0.03, evidence=((place(join.stack), "added"),), parameters=ids, node=escape.node,
-            leaf=context.facts.parameters[ids[0]].node, explains="wrong",
-        )  # fmt: skip
+            confidence=confidence - 0.03,
+            evidence=((place(join.stack), "added"),),
+            parameters=ids,
+            node=escape.node,
+            leaf=context.facts.parameters[ids[0]].node,
+            explains="wrong",
+        )
 
 
 def lost_derivative(context: Context) -> Iterable[Candidate]:
@@ -310,17 +344,60 @@ def lost_derivative(context: Context) -> Iterable[Candidate]:
         leaves = {id(n) for n in upstream(node.inputs) if n.leaf}
         ids = tuple(key for key, facts in context.parameters() if id(facts.node) in leaves and facts.is_parameter)
         yield Candidate(
-            "missing_create_graph", describe(node).place,
-            f"a derivative in the loss is a constant in {count(times, 'backward')}; every parameter gets a gradient, without its term",
+            "missing_create_graph",
+            describe(node).place,
+            f"a derivative in the loss is a constant in {count(times, 'backward')}; every parameter gets a gradient, "
+            "without its term",
             "torch.autograd.grad without create_graph=True returns a constant; the derivatives beside it are recorded",
-            confidence=0.9, evidence=((place(other.stack), "recorded"), *((site(e), "called from") for e in node.stack[1:3])),
-            parameters=ids, node=node, root=root, explains="wrong",
-        )  # fmt: skip
+            confidence=0.9,
+            evidence=((place(other.stack), "recorded"), *((site(e), "called from") for e in node.stack[1:3])),
+            parameters=ids,
+            node=node,
+            root=root,
+            explains="wrong",
+        )
 
 
 _JOINS = frozenset({"cat", "concat", "stack", "hstack", "vstack", "add", "__add__", "__radd__", "__iadd__", "add_"})
-_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "bilinear", "matmul", "__matmul__", "addmm", "mm", "bmm", "scaled_dot_product_attention", "multi_head_attention_forward", "rnn_tanh", "gru", "lstm"})  # fmt: skip
-_STATISTICS = frozenset("max amax min amin mean sum norm std var vector_norm median logsumexp numel size".split())
+_LAYERS = frozenset(
+    {
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "bilinear",
+        "matmul",
+        "__matmul__",
+        "addmm",
+        "mm",
+        "bmm",
+        "scaled_dot_product_attention",
+        "multi_head_attention_forward",
+        "rnn_tanh",
+        "gru",
+        "lstm",
+    }
+)
+_STATISTICS = frozenset(
+    [
+        "max",
+        "amax",
+        "min",
+        "amin",
+        "mean",
+        "sum",
+        "norm",
+        "std",
+        "var",
+        "vector_norm",
+        "median",
+        "logsumexp",
+        "numel",
+        "size",
+    ]
+)
 
 
 def cut_on_one_way(context: Context) -> Iterable[Candidate]:
@@ -332,22 +409,33 @@ def cut_on_one_way(context: Context) -> Iterable[Candidate]:
     for copy, backward, times, meets, words in context.facts.partial_cuts.values():
         leaves = live_leaves(copy)
         ids = tuple(
-            key for key, facts in context.parameters()
+            key
+            for key, facts in context.parameters()
             if id(facts.node) in leaves and key in backward.leaves and not context.is_hand_written(facts)
-        )  # fmt: skip
+        )
         if not ids or _STATISTICS & set(words) or _is_loss_sum(backward.roots, meets):
             continue
-        layer = meets.op in _LAYERS and any(p.leaf and live for p, live in zip(meets.inputs, meets.live_inputs, strict=False))
+        layer = meets.op in _LAYERS and any(
+            p.leaf and live for p, live in zip(meets.inputs, meets.live_inputs, strict=False)
+        )
         if not (meets.op in _JOINS or layer) or _straight_through_join(copy, meets):
             continue
         cut = describe(copy)
         yield Candidate(
-            cut.slug, cut.place,
-            f"one way to {count(len(ids), 'parameter')} carries no gradient in {count(times, 'backward')}; others do, so that each gets a part only",
+            cut.slug,
+            cut.place,
+            f"one way to {count(len(ids), 'parameter')} carries no gradient in {count(times, 'backward')}; "
+            "others do, so that each gets a part only",
             f"{cut.why}; the copy is used in `{meets.op.strip('_')}` together with values that have a history",
-            confidence=0.75, severity="warning", evidence=(*cut.evidence, (place(meets.stack), "joined")), parameters=ids,
-            node=copy, leaf=context.facts.parameters[ids[0]].node, root=backward.roots[0], explains="wrong",
-        )  # fmt: skip
+            confidence=0.75,
+            severity="warning",
+            evidence=(*cut.evidence, (place(meets.stack), "joined")),
+            parameters=ids,
+            node=copy,
+            leaf=context.facts.parameters[ids[0]].node,
+            root=backward.roots[0],
+            explains="wrong",
+        )
 
 
 def _is_loss_sum(roots: Sequence[Node], node: Node) -> bool:
@@ -358,9 +446,23 @@ def _is_loss_sum(roots: Sequence[Node], node: Node) -> bool:
 def _straight_through_join(copy: Node, meets: Node) -> bool:
     """Whether `meets` is the addition of `x + (y - x).data`: its live operand is inside of the copy."""
     inside = {id(node) for node in upstream([copy])}
-    return any(live and id(parent) in inside for parent, live in zip(meets.inputs, meets.live_inputs, strict=False)) and meets.op not in (
-        "cat", "concat", "stack", "hstack", "vstack",
-    )  # fmt: skip
+    return any(
+        live and id(parent) in inside for parent, live in zip(meets.inputs, meets.live_inputs, strict=False)
+    ) and meets.op not in (
+        "cat",
+        "concat",
+        "stack",
+        "hstack",
+        "vstack",
+    )
 
 
-RULES: list[Rule] = [cut_on_one_way, cut_on_the_way, left_as_a_number, unused, dead_term, number_in_the_loss, lost_derivative]
+RULES: list[Rule] = [
+    cut_on_one_way,
+    cut_on_the_way,
+    left_as_a_number,
+    unused,
+    dead_term,
+    number_in_the_loss,
+    lost_derivative,
+]

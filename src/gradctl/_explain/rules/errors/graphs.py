@@ -183,7 +183,9 @@ def _once(error: Raised, edge: _Edge) -> Candidate:
         "compute it in every iteration, or detach it if it is data",
         confidence=0.93 * error.certainty,
         evidence=(
-            (edge.producer.site, "computed"), (edge.consumer.site, "used"), (place(edge.mark[1]), "freed"),
+            (edge.producer.site, "computed"),
+            (edge.consumer.site, "used"),
+            (place(edge.mark[1]), "freed"),
             (error.here, "backward"),
         ),
         node=edge.producer,
@@ -193,7 +195,7 @@ def _once(error: Raised, edge: _Edge) -> Candidate:
 
 
 def _cache_of(node: Node) -> Site | None:
-    """Return the line of the decorator (`cached_property`, `lru_cache`, `cache`) that keeps what a function computed."""
+    """Return the line of the decorator (`cached_property`, `lru_cache`) that keeps what a function computed."""
     for entry in node.stack:
         source = source_of(entry)
         statement = source.statement(entry) if source is not None else None

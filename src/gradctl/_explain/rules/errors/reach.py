@@ -13,7 +13,7 @@ from gradctl._explain._cuts import Cut, describe
 from gradctl._explain._provenance import where_dropped
 from gradctl._explain._raised import Raised, raised
 from gradctl._explain.rules import Rule
-from gradctl._lineage import Escape, Node, Unreached, breaks, sufficient_breaks, upstream
+from gradctl._lineage import Node, Unreached, breaks, upstream
 
 
 def input_not_in_graph(context: Context) -> Iterable[Candidate]:

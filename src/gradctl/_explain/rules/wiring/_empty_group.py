@@ -40,7 +40,7 @@ def _line_of_group(stack: Stack, number: int) -> Site | None:
     where = place(stack)
     source = source_of(stack[0]) if stack else None
     call = source.expression(stack[0]) if source is not None else None
-    if where is None or not isinstance(call, ast.Call):
+    if source is None or where is None or not isinstance(call, ast.Call):
         return None
     for argument in [*call.args, *(keyword.value for keyword in call.keywords)]:
         if isinstance(argument, ast.List) and number < len(argument.elts):
@@ -52,7 +52,9 @@ def _line_of_group(stack: Stack, number: int) -> Site | None:
 def _generator(source: Source, group: ast.expr) -> int | None:
     """Return the line of the generator expression that a group takes its parameters from; it may be used up."""
     statement = source.statement_of(group)
-    for name in [part.id for part in ast.walk(group) if isinstance(part, ast.Name)] if statement is not None else ():
+    if statement is None:
+        return None
+    for name in [part.id for part in ast.walk(group) if isinstance(part, ast.Name)]:
         for definition in definitions(source, name, statement):
             if isinstance(value_of_binding(definition), ast.GeneratorExp):
                 return definition.lineno
