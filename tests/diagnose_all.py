@@ -16,7 +16,7 @@ from pathlib import Path
 
 # Loaded once, before the forks: what takes seconds in a program of thirty lines is this import.
 import torch
-import torch._dynamo
+import torch._dynamo  # noqa: F401
 import torch.distributed  # noqa: F401
 
 from gradctl._explain import Tracing

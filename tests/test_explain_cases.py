@@ -117,7 +117,6 @@ def found_in_programs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return run_all(scripts, tmp_path_factory.mktemp("programs"))
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", BROKEN_PROGRAMS)
 def test_a_large_broken_program_is_located(name: str, found_in_programs: dict[str, Any]) -> None:
@@ -126,7 +125,6 @@ def test_a_large_broken_program_is_located(name: str, found_in_programs: dict[st
     assert slug == PROGRAMS[name]["cause"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", HEALTHY_PROGRAMS)
 def test_nothing_is_found_in_a_large_healthy_program(name: str, found_in_programs: dict[str, Any]) -> None:
