@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gradctl
-from gradctl._explain import Tracing
+from gradctl._explain import Sentinel, Tracing
 from starting import environment
 
 
@@ -312,6 +312,19 @@ def test_a_forked_child_is_not_traced_and_its_parent_goes_on() -> None:
         classifier()
     assert seen.steps == 12
     assert seen.faults == []
+
+
+def test_traces_and_sentinels_add_no_fork_handler_that_stays_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[Any] = []
+    monkeypatch.setattr(os, "register_at_fork", lambda **handlers: added.append(handlers))
+    for _ in range(2):
+        with gradctl.watch(quiet=True) as seen:
+            classifier()
+        assert seen.steps == 12
+        sentinel = Sentinel()
+        sentinel.install()
+        assert sentinel.finish(None)["faults"] == []
+    assert added == []
 
 
 def test_workers_of_a_data_loader_load_as_ever(tmp_path: Path) -> None:

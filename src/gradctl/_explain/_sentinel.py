@@ -72,8 +72,7 @@ class Sentinel:
             _taps.compile.subscribe(self._around_compile, order="record"),
         ]
         self._open()
-        reference: weakref.ref[Any] = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _forget_in_child(reference))
+        _installed.add(self)
 
     def finish(self, error: BaseException | None) -> dict[str, Any]:
         """Stop watching, put everything back and say what was seen.
@@ -105,6 +104,7 @@ class Sentinel:
     def uninstall(self) -> None:
         """Put everything back; a second call does nothing."""
         self._off = True
+        _installed.discard(self)
         self._close()
         handles, self._handles = self._handles, []
         for handle in handles:
@@ -357,12 +357,18 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {'leaves' if what == 'leaf' else what + 's'}"
 
 
-def _forget_in_child(reference: weakref.ref[Any]) -> None:
-    sentinel: Sentinel | None = reference()
-    if sentinel is not None:
+_installed: weakref.WeakSet[Sentinel] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for sentinel in tuple(_installed):
         sentinel._off = True
         sentinel._may_look = False
         sentinel._close()
+
+
+# A fork handler cannot be taken back: one for all sentinels of this process.
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _looked_at(step: int) -> bool:

@@ -72,8 +72,7 @@ class Trace:
                 undo.callback(handle.remove)
             # A compiled region would trace into the mode's own Python; while traced, everything runs eagerly.
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-            reference = weakref.ref(tracer)
-            os.register_at_fork(after_in_child=lambda: _disable_in_child(reference))
+            _traced.add(tracer)
             self._undo = undo.pop_all()
         self._mode = Mode(tracer)
         self._mode.__enter__()
@@ -83,6 +82,7 @@ class Trace:
         if not self._running:
             return
         self._running = False
+        _traced.discard(self.tracer)
         open_regions(self.tracer.here)
         self.tracer.disabled = True
         mode, self._mode = self._mode, None
@@ -357,7 +357,13 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 _GRADCTL = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
-def _disable_in_child(reference: weakref.ref[Tracer]) -> None:
-    tracer = reference()
-    if tracer is not None:
+_traced: weakref.WeakSet[Tracer] = weakref.WeakSet()
+
+
+def _disable_in_child() -> None:
+    for tracer in tuple(_traced):
         tracer.disabled = True
+
+
+# A fork handler cannot be taken back: one for all traces of this process.
+os.register_at_fork(after_in_child=_disable_in_child)
