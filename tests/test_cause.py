@@ -83,6 +83,14 @@ def test_a_slug_like_no_other_is_pointed_to_the_list(capsys: pytest.CaptureFixtu
     )
 
 
+def test_unknown_is_said_to_be_no_cause(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "unknown")
+    assert (code, err) == (0, "")
+    assert out.startswith("`unknown` is not a cause: ")
+    assert out.count(". ") == 0
+    assert "unknown" not in drawn(None)
+
+
 @pytest.mark.parametrize("path", ["../errors", "/etc/passwd", "", "index"])
 def test_only_pages_of_causes_are_shown(path: str) -> None:
     with pytest.raises(UsageError, match="there is no cause"):
@@ -99,9 +107,17 @@ def test_the_list_holds_every_cause_with_one_sentence(width: int) -> None:
     assert all(entry.endswith((".", '"')) and len(entry.split()) > 3 for entry in entries)
 
 
-def test_the_sentence_is_the_first_one_that_says_why() -> None:
-    text = "# x\n\n## Symptom\n\nNo error.\n\n## Why\n\nA `view` shares\nits history: see e.g. here. More.\n"
-    assert _cause.sentence(text) == "A view shares its history."
+def test_the_list_says_of_each_cause_what_the_index_says() -> None:
+    table = dict(
+        line.strip("| \n").split(" | ", 1)
+        for line in (PAGES / "index.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("| [")
+    )
+    assert sorted(table) == [f"[{slug}]({slug}.md)" for slug in SLUGS]
+    entries = dict(line.split(None, 1) for line in drawn(None, width=1000).splitlines())
+    assert {f"[{slug}]({slug}.md)": words for slug, words in entries.items()} == {
+        link: words.replace("`", "") for link, words in table.items()
+    }
 
 
 def test_the_wheel_holds_the_pages_where_they_are_looked_for() -> None:

@@ -17,7 +17,12 @@ FOLDERS = (_PACKAGE / "_causes", _PACKAGE.parents[1] / "docs" / "causes")
 """Where the pages lie: in an installed package, and in a checkout."""
 _HIDDEN = re.compile(r"<!--.*?-->\n?", re.DOTALL)
 _FENCE = re.compile(r"^```(\w+) \w+$", re.MULTILINE)
-_SENTENCE = re.compile(r".+?(?<!e\.g)(?<!i\.e)[.:](?=\s|$)", re.DOTALL)
+_ENTRY = re.compile(r"^\| \[(\w+)\]\(\w+\.md\) \| (.+?) \|$", re.MULTILINE)
+
+
+_UNKNOWN = """`unknown` is not a cause: something is missing, and what was seen does not show the line that lost it; pass
+`gradctl.explain` a function that computes the loss, or run `gradctl explain SCRIPT`.
+"""
 
 
 def pages() -> dict[str, Path]:
@@ -36,13 +41,15 @@ def pages() -> dict[str, Path]:
 
 
 def page(slug: str) -> str:
-    """Return the page of a cause, Markdown, without the marks that only its tests read.
+    """Return the page of a cause, Markdown, without the marks that only its tests read; one sentence for `unknown`.
 
     Raises:
         UsageError: there is no such cause; names those with a similar name.
     """
     known = pages()
     wanted = slug.strip().lower().replace("-", "_")
+    if wanted == "unknown":
+        return _UNKNOWN
     if wanted not in known:
         near = (
             difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)
@@ -59,13 +66,15 @@ def _shown(text: str) -> str:
     return _FENCE.sub(r"```\1", _HIDDEN.sub("", text))
 
 
-def sentence(text: str) -> str:
-    """Return the sentence that stands for a page in the list: the first one under "Why"."""
-    _, _, rest = text.partition("## Why\n")
-    paragraph = rest.strip().partition("\n\n")[0]
-    found = _SENTENCE.match(paragraph)
-    words = " ".join((found[0] if found else paragraph).split()).replace("`", "")
-    return f"{words[:-1]}." if words.endswith(":") else words
+def sentences() -> dict[str, str]:
+    """Return the sentence that stands for each page, by its slug, as the index of the pages has it.
+
+    Raises:
+        GradctlError: the pages are not there.
+    """
+    index = next(iter(pages().values())).with_name("index.md")
+    found = _ENTRY.findall(index.read_text(encoding="utf-8")) if index.is_file() else []
+    return {slug: words.replace("`", "") for slug, words in found}
 
 
 def draw(slug: str, *, console: Console) -> None:
@@ -95,10 +104,10 @@ def draw_list(*, console: Console) -> None:
     """
     lines = Lines(console)
     found = pages()
+    words = sentences()
     width = max(len(slug) for slug in found)
-    for slug, path in found.items():
-        room = lines.width - width - 2
-        first, *others = lines.wrapped(sentence(_shown(path.read_text(encoding="utf-8"))), room=room)
+    for slug in found:
+        first, *others = lines.wrapped(words.get(slug, ""), room=lines.width - width - 2)
         lines.put(Text(slug.ljust(width), style="bold") + Text("  ") + first)
         for line in others:
             lines.put(Text(" " * (width + 2)) + line)
