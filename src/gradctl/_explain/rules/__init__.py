@@ -11,6 +11,6 @@ Rule = Callable[[Context], Iterable[Candidate]]
 
 def every_rule() -> list[Rule]:
     """Return all rules, those that explain an exception first."""
-    from gradctl._explain.rules import cuts, errors, numbers, order, unreached, wiring
+    from gradctl._explain.rules import cuts, errors, numbers, order, terms, unreached, wiring
 
-    return [rule for module in (errors, cuts, unreached, wiring, order, numbers) for rule in module.RULES]
+    return [rule for module in (errors, cuts, terms, unreached, wiring, order, numbers) for rule in module.RULES]
