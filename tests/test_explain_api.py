@@ -143,6 +143,7 @@ def test_of_a_loss_only_the_graph_is_told_and_that_is_said() -> None:
     model = Net(cut=True)
     found = gradctl.explain(loss_of(model), model)
     assert [(f.slug, f.parameters) for f in found] == [("unknown", ("tower.bias", "tower.weight"))]
+    assert found[0].primary is None
     assert len(found.remarks) == 1
     assert "pass explain() a function" in found.remarks[0]
     assert gradctl.explain(loss_of(Net(cut=False))) == []

@@ -45,7 +45,7 @@ def of_graph(loss: Tensor, model: Module | None, optimizer: Optimizer | None, st
         names = _names(list(wanted.values()), model)
         reached = {id(leaf) for leaf in leaves}
         if not leaves:
-            found.append(_without_history(loss, primary))
+            found.append(_without_history(loss))
         elif wanted and not reached & set(wanted):
             raise UsageError(
                 f"this loss reaches none of the {len(wanted)} parameters of the {_kind(model, optimizer)}",
@@ -56,7 +56,7 @@ def of_graph(loss: Tensor, model: Module | None, optimizer: Optimizer | None, st
         else:
             missing = [key for key, p in wanted.items() if key not in reached and p.requires_grad]
             if missing:
-                found.append(_unreached(missing, len(wanted), names, primary))
+                found.append(_unreached(missing, len(wanted), names))
         if loss.numel() != 1:
             found.append(_not_scalar(loss, primary))
         found += _bad_numbers(loss, primary)
@@ -101,25 +101,23 @@ def _named(keys: Sequence[int], names: dict[int, str]) -> tuple[str, ...]:
     return tuple(sorted({name for key in keys if (name := names.get(key)) is not None}))
 
 
-def _without_history(loss: Tensor, primary: Span | None) -> Finding:
+def _without_history(loss: Tensor) -> Finding:
     return Finding(
         slug="unknown",
         severity="error",
         symptom=f"this tensor (shape {list(loss.shape)}) has no history: backward() cannot begin here",
         why="it was computed without gradients, or cut from its inputs on the way; the tensor does not show where",
         fix="gradctl.explain(lambda: compute_the_loss(), model=model) names the line",
-        primary=primary,
     )
 
 
-def _unreached(missing: list[int], total: int, names: dict[int, str], primary: Span | None) -> Finding:
+def _unreached(missing: list[int], total: int, names: dict[int, str]) -> Finding:
     return Finding(
         slug="unknown",
         severity="warning",
         symptom=f"{len(missing)} of {total} parameters are not in the graph of this loss: they get no gradient from it",
         why="they are not used for it, or their values reach it without their history; the graph does not show which",
         fix="gradctl.explain(lambda: compute_the_loss(), model=model) names the line",
-        primary=primary,
         parameters=_named(missing, names),
     )
 
