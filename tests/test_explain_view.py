@@ -231,6 +231,13 @@ def test_a_star_is_written_only_where_nothing_else_is_below() -> None:
     ]
 
 
+def test_a_star_for_names_that_no_optimizer_holds_stays_within_one_module() -> None:
+    hidden = [f"net.layers.{n}.{kind}" for n in range(3) for kind in ("weight", "bias")]
+    assert collapse(hidden, ["a.weight", "a.bias"]) == ["net.layers.{0..2}.*"]
+    assert collapse(hidden, ["net.a.weight", "net.a.bias", *hidden]) == ["net.layers.{0..2}.*"]
+    assert collapse(["scale", "shift"], ["a.weight"]) == ["{scale,shift}"]
+
+
 def test_without_all_names_no_star_is_written() -> None:
     assert collapse(["a.weight", "a.bias"]) == ["a.{weight,bias}"]
 

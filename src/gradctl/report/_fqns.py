@@ -14,7 +14,8 @@ def collapse(names: Iterable[str], known: Sequence[str] = ()) -> list[str]:
 
     Args:
         names: fully qualified names.
-        known: all names that there are: only then is it known where `*` would mean no other one.
+        known: all names that there are: only then is it known where `*` would mean no other one. What stands beside a
+            name that is not among them (no optimizer holds it) is not known: there `*` is one module's own parameters.
 
     Returns:
         Patterns in the order of the first name that each stands for. `{0..11}` is a range of numbers, `{a,b}` are
@@ -22,16 +23,16 @@ def collapse(names: Iterable[str], known: Sequence[str] = ()) -> list[str]:
     """
     found = list(dict.fromkeys(tuple(name.split(".")) for name in names))
     if known:
-        found = _starred(found, {tuple(name.split(".")) for name in known} | set(found))
+        found = _starred(found, {tuple(name.split(".")) for name in known})
     found = _joined(found, _range)
     found = _joined(found, _alternatives)
     return [".".join(parts) for parts in found]
 
 
-def _starred(meant: Sequence[Parts], everything: set[Parts]) -> list[Parts]:
+def _starred(meant: Sequence[Parts], known: set[Parts]) -> list[Parts]:
     """Put `prefix.*` for the names below a prefix where no other name is below it."""
     totals: dict[Parts, int] = {}
-    for parts in everything:
+    for parts in known | set(meant):
         for length in range(1, len(parts)):
             totals[parts[:length]] = totals.get(parts[:length], 0) + 1
     inside: dict[Parts, int] = {}
@@ -42,8 +43,8 @@ def _starred(meant: Sequence[Parts], everything: set[Parts]) -> list[Parts]:
     for parts in meant:
         whole = (
             parts[:length]
-            for length in range(1, len(parts))
-            if 1 < totals[parts[:length]] == inside[parts[:length]] and not parts[length].isdecimal()
+            for length in range(1 if parts in known else len(parts) - 1, len(parts))
+            if length and 1 < totals[parts[:length]] == inside[parts[:length]] and not parts[length].isdecimal()
         )
         prefix = next(whole, None)
         found[(*prefix, "*") if prefix is not None else parts] = None
