@@ -38,7 +38,7 @@ def test_the_sentence_comes_first_then_figures_findings_layers_and_places(tmp_pa
         "broken.py · exit 0 · 29 s · torch 2.13.0+cpu · 1 rank · 2026-",
         "parameters reached  76 / 76",
         "bad   Gradients became NaN or inf at step 18",
-        "→ gradctl run --on-nonfinite stop broken.py",
+        "→ gradctl explain --at-step 18 broken.py",
         "look  26 of 26 weight matrices",
         "layer   ",
         "           NaN\n",

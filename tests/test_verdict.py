@@ -154,9 +154,30 @@ def test_a_run_that_diverged_is_told_with_its_first_bad_step(tmp_path: Path) -> 
     assert slugs(found) == ["nonfinite-gradient", "weights-before"]
     first = found.findings[0]
     assert first.parameters[0] == "transformer.wte.weight"
-    assert first.fix == "gradctl run --on-nonfinite stop broken.py"
+    assert first.fix == "gradctl explain --at-step 18 broken.py"
     assert first.measured == {"step": 18, "steps": 243, "tensors": 65}
     assert figure(found, "loss") == "5.78 → NaN"
+
+
+def test_what_never_learns_is_handed_to_explain(tmp_path: Path) -> None:
+    events = [
+        event("none", 9.0, o=0, n=200, params=NAMES[:2], count=2),
+        event("unoptimized", 9.0, o=0, n=3, params=["x"], count=1),
+    ]
+    run = journals.header(argv=["train.py", "--epochs", "3"], script="train.py")
+    one = trainer(norms=lambda n: [None if i < 2 else 0.1 for i in range(len(SHAPES))])
+    found = verdict(journals.write(tmp_path, [one], run=run, events=events))
+    meant = "; if that is meant, freeze them: requires_grad_(False)"
+    for slug in ("never-reached", "unoptimized"):
+        assert finding(found, slug).fix == f"gradctl explain train.py --epochs 3{meant}"
+
+
+def test_what_never_learns_in_a_notebook_is_handed_to_watch(tmp_path: Path) -> None:
+    events = [event("none", 9.0, o=0, n=200, params=NAMES[:2], count=2)]
+    run = journals.header(argv=["/opt/ipykernel_launcher.py", "-f", "kernel.json"], script="notebook", start="record")
+    one = trainer(norms=lambda n: [None if i < 2 else 0.1 for i in range(len(SHAPES))])
+    found = verdict(journals.write(tmp_path, [one], run=run, events=events))
+    assert finding(found, "never-reached").fix.startswith("with gradctl.watch(model, optimizer):")
 
 
 def test_a_loss_that_is_nan_before_its_gradient_is_the_cause(tmp_path: Path) -> None:
@@ -523,10 +544,10 @@ def test_at_most_four_findings_are_shown_and_all_are_kept_worst_first(tmp_path: 
 def test_every_finding_is_in_the_table_of_fixes_and_names_only_commands_that_exist() -> None:
     source = "".join(p.read_text() for p in Path(sys.modules[Verdict.__module__].__file__).parent.glob("*.py"))
     used = set(re.findall(r"finding\(\s*\"([a-z0-9-]+)\"", source))
-    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight", "stopped", "skipped")}
+    used |= {f"nonfinite-{where}" for where in ("gradient", "loss", "weight", "stopped", "skipped")} | {"no-script"}
     assert used == set(FIXES)
     for text in FIXES.values():
-        assert not re.search(r"gradctl (?!run|report|env)\w+", text), text
+        assert not re.search(r"gradctl (?!run|report|explain|cause|env)\w+", text), text
 
 
 def test_the_verdict_imports_no_torch_and_no_numpy() -> None:

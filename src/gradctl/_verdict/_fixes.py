@@ -1,7 +1,7 @@
 """The next thing to do, for every finding: the one table in which commands are named.
 
-Only what exists may stand here. When a verb lands that does more (`gradctl explain`, `gradctl fit`), its line changes.
-`{script}` is the command as it was run.
+Only what exists may stand here. When a verb lands that does more (`gradctl fit`), its line changes. `{script}` is the
+command as it was run, `{step}` the step that matters.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ FIXES: dict[str, str] = {
     "clipped-always": "raise the limit, or lower the learning rate and let the clip catch outliers only",
     "data-loader": "DataLoader(num_workers=2, persistent_workers=True), or prepare the data once",
     "dead-gradients": "look at the activations: ReLU or clamp may be saturated, or most of an embedding is not used",
-    "gradients-all-zero": "look for a factor of zero, clamp() or saturated activations between weights and loss",
-    "gradients-zero": "look for saturated activations, clamp() or a factor of zero between them and the loss",
+    "gradients-all-zero": "gradctl explain {script}",
+    "gradients-zero": "gradctl explain {script}",
     "gradients-vanish": "normalise or add residual connections between these layers, or change their initialisation",
     "late-rank": "look at what rank {rank} does besides training: logging, evaluation, longer batches",
     "learning-rate-zero": "look at the scheduler: its factor is zero, or its step() runs before the first epoch",
     "loss-blew-up": "lower the learning rate, warm it up, or clip: torch.nn.utils.clip_grad_norm_(parameters, 1.0)",
     "loss-flat": "nothing, if this loss need not fall; else overfit one batch, look at labels and learning rate",
-    "never-reached": "use them in the forward, do not detach what they make, or freeze them: requires_grad_(False)",
-    "no-gradient": "look for detach(), .data, no_grad() or item() between the parameters and the loss",
+    "never-reached": "gradctl explain {script}; if that is meant, freeze them: requires_grad_(False)",
+    "no-gradient": "gradctl explain {script}",
     "never-stepped": "call optimizer.step() after backward()",
-    "nonfinite-gradient": "gradctl run --on-nonfinite stop {script}",
-    "nonfinite-loss": "gradctl run --on-nonfinite stop {script}",
+    "nonfinite-gradient": "gradctl explain --at-step {step} {script}",
+    "nonfinite-loss": "gradctl explain --at-step {step} {script}",
     "nonfinite-skipped": "nothing: this is what the loss scaler is for",
-    "nonfinite-stopped": "look at the batch of that step, and at the loss and the learning rate of the steps before",
-    "nonfinite-weight": "gradctl run --on-nonfinite stop {script}",
+    "nonfinite-stopped": "gradctl explain --at-step {step} {script}",
+    "nonfinite-weight": "gradctl explain --at-step {step} {script}",
+    "no-script": "with gradctl.watch(model, optimizer): around some steps says which line it is",
     "not-seen": "check by hand that weights change from one step to the next",
     "journal-damaged": "nothing to do for the run; keep the file if you report this",
     "journal-newer": "read it with the version that wrote it",
@@ -39,7 +40,7 @@ FIXES: dict[str, str] = {
     "skipped-most": "lower GradScaler's init_scale, or train in bfloat16, which needs no scaler",
     "skipped-steps": "look for overflowing activations; bfloat16 needs no scaler",
     "torn-step": "switch gradients off and on between steps only, or use gradctl.off(strict=True)",
-    "unoptimized": "add them to the optimizer, or requires_grad_(False): their gradients are computed and thrown away",
+    "unoptimized": "gradctl explain {script}; if that is meant, freeze them: requires_grad_(False)",
     "update-too-large": "lower the learning rate, or warm it up",
     "update-too-small": "raise the learning rate",
     "weights-before": "lower the learning rate, or warm it up",
@@ -69,7 +70,7 @@ def finding(
         parameters: those concerned; the first 50 are kept.
         measured: the numbers behind the claim.
         line: which line of the table, where a slug has several.
-        words: what the line needs (`script`, `rank`, `where`).
+        words: what the line needs (`script`, `step`, `rank`, `where`).
 
     Returns:
         The finding.

@@ -32,6 +32,7 @@ BEFORE_A_FALL = 0.01
 SLOW = 1e-7
 """Below the resolution of float32: such an update rounds to nothing."""
 VANISHED = 1e-6
+_NO_SCRIPT = ("notebook", "interactive")
 
 
 def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
@@ -75,7 +76,8 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
         severity,
         symptom,
         why,
-        line=line,
+        step=str(found.first),
+        line=_line(facts, line),
         script=_script(facts),
         parameters=found.names,
         measured={"step": found.first, "steps": found.steps, "tensors": found.count},
@@ -115,6 +117,8 @@ def never_reached(facts: Facts, training: Training) -> Iterator[Finding]:
             f"None of {count(training.expected, 'parameter')} ever got a gradient{_who(facts, training)}",
             f"{count(training.steps, 'step')} of {training.record.cls} changed nothing.",
             parameters=shown,
+            line=_line(facts, "no-gradient"),
+            script=_script(facts),
             measured={"parameters": lost},
         )
         return
@@ -124,6 +128,8 @@ def never_reached(facts: Facts, training: Training) -> Iterator[Finding]:
         f"{lost} of {count(training.expected, 'parameter')} never got a gradient{_who(facts, training)}",
         f"{named(shown, lost)}: held by the optimizer, and no loss reaches {'it' if lost == 1 else 'them'}.",
         parameters=shown,
+        line=_line(facts, "never-reached"),
+        script=_script(facts),
         measured={"parameters": lost},
     )
 
@@ -142,6 +148,8 @@ def unoptimized(facts: Facts, training: Training) -> Iterator[Finding]:
             f"{count(lost, 'parameter gets a gradient and is', 'parameters get a gradient and are')} in no optimizer",
             f"{named(names, lost)}: no step changes {'it' if lost == 1 else 'them'}.",
             parameters=names,
+            line=_line(facts, "unoptimized"),
+            script=_script(facts),
             measured={"parameters": lost},
         )
 
@@ -325,6 +333,8 @@ def all_zero(facts: Facts, training: Training) -> Iterator[Finding]:
             f"All gradients were exactly zero in every measured step{_who(facts, training)}",
             f"{count(training.steps, 'step')} of {training.record.cls or 'the optimizer'} "
             "followed no gradient: the loss does not depend on the weights.",
+            line=_line(facts, "gradients-all-zero"),
+            script=_script(facts),
             measured={"steps": training.steps},
         )
 
@@ -353,6 +363,8 @@ def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
         f"{named(names, len(quiet))}: the loss no longer depends on {'it' if len(quiet) == 1 else 'them'}.",
         confidence=0.8,
         parameters=names,
+        line=_line(facts, "gradients-zero"),
+        script=_script(facts),
         measured={"tensors": len(quiet), "step": since},
     )
 
@@ -435,6 +447,13 @@ def _norm_growth(training: Training) -> float:
     edge = max(1, len(totals) // 10)
     first = median(totals[:edge])
     return median(totals[-edge:]) / first if first > 0 else 0.0
+
+
+def _line(facts: Facts, line: str) -> str:
+    """Which line of the table of fixes, where `gradctl explain` goes on from here: a notebook is no script."""
+    record = facts.record
+    notebook = record is not None and record.script in _NO_SCRIPT and record.start == "record"
+    return "no-script" if notebook and line != "nonfinite-skipped" else line
 
 
 def _script(facts: Facts) -> str:
