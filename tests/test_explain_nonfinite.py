@@ -63,6 +63,17 @@ def test_a_nan_that_is_passed_over_and_comes_again_is_explained_by_its_line(
     assert told.startswith("gradctl: step 2 had a gradient that is not finite; it came again: nan_sqrt at ")
 
 
+def test_the_first_bad_step_is_named_and_each_is_counted_however_small_the_budget(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bad = (61, 63, 64, 70)
+    with gradctl.record(tmp_path / "run", report=False, on_nonfinite="explain", budget=1e-6) as recording:
+        train(Careful, bad, 70)
+    seen = [event.n for event in recording.journal.events if event.e == "nonfinite" and event.data["what"] == "grad"]
+    assert seen == list(bad)
+    assert capfd.readouterr().err.startswith("gradctl: step 61 had a gradient that is not finite; ")
+
+
 def test_a_nan_that_has_poisoned_the_weights_is_answered_by_the_command_that_finds_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,13 +48,13 @@ class Stand:
         drain: Callable[[float], None],
         schedule_row: Callable[[OptimizerState, float, float], None],
         stop: Callable[[OptimizerState, int, Any], BaseException | None],
-        stops: bool,
+        every: bool,
         faults: Faults,
         older_exist: Callable[[set[int] | None], bool],
     ) -> None:
         self.older_exist = older_exist
         self.hot, self.stamps, self.clock, self.norms, self.rows = hot, stamps, clock, norms, rows
-        self.costs, self.meter, self.stops, self.faults = costs, costs.meter, stops, faults
+        self.costs, self.meter, self.every, self.faults = costs, costs.meter, every, faults
         self.new_state, self.describe, self.optimizers_exist = new_state, describe, optimizers_exist
         self.drain, self.schedule_row, self.stop = drain, schedule_row, stop
 
@@ -231,7 +231,7 @@ class BackwardStream:
             book_norm_cost(state, cost)
             if not samples:
                 stand.costs.spent += cost
-            state.next_norm = number if stand.stops else state.steps + state.norm_gap
+            state.next_norm = number if stand.every else state.steps + state.norm_gap
             if samples:
                 stand.rows.sketch_weights(state, params, number)
                 stand.rows.take_gradients(state, reading)
@@ -284,7 +284,7 @@ class BackwardStream:
                 stand.describe(state, params)
             if state.steps >= state.next_norm:
                 reading = stand.norms.read(state, [gradients[param] for param in params], state.steps + 1)
-                state.next_norm = state.steps + (1 if stand.stops else state.norm_gap)
+                state.next_norm = state.steps + (1 if stand.every else state.norm_gap)
         state.steps += 1
         ident = threading.get_ident()
         stand.stamps.extend((BACKWARD, ident, begin, now, loss))

@@ -31,7 +31,7 @@ from gradctl._record._rows import RowTier
 from gradctl._record._sampling import Sampling
 from gradctl._record._state import NEVER, Costs, OptimizerState
 
-OnNonFinite = Literal["continue", "stop"]
+OnNonFinite = Literal["continue", "explain", "stop"]
 _OUTSIDE_AT = 8
 
 
@@ -41,7 +41,8 @@ class Recorder:
     Args:
         journal: where everything is written; opened at the first step.
         budget: share of wall time that recording may take.
-        on_nonfinite: `stop` raises `NonFiniteGradient` from the step, before the update is applied.
+        on_nonfinite: `stop` raises `NonFiniteGradient` from the step, before the update is applied; `explain` looks at
+            each step too, so that the first one is named, and raises nothing.
         watch_steps: record only so many steps; None is all.
         lines: find the source lines that keep tensors for backward, in one step, with saved-tensor hooks.
         clock: seconds, monotonic.
@@ -88,6 +89,7 @@ class Recorder:
             self._events,
             self._bind,
             stops=on_nonfinite == "stop",
+            every=on_nonfinite != "continue",
         )
         self._drain = Drain(
             self._stamps,
@@ -363,7 +365,7 @@ class Recorder:
                 drain=self._drain_now,
                 schedule_row=self._sampling.schedule_row,
                 stop=self._sampling.stop_for,
-                stops=self._sampling.stops,
+                every=self._sampling.every,
                 faults=self.faults,
                 older_exist=self._older_exist,
             )

@@ -30,6 +30,7 @@ class Sampling:
         events: where parameters without a gradient are written.
         bind: called with (state, optimizer) when the optimizer has to be described.
         stops: raise at the first gradient that is NaN or inf.
+        every: look at the gradients of each step, whatever that costs.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Sampling:
         bind: Callable[[OptimizerState, Any], None],
         *,
         stops: bool,
+        every: bool,
     ) -> None:
         self._costs = costs
         self._faults = faults
@@ -50,6 +52,7 @@ class Sampling:
         self._events = events
         self._bind = bind
         self.stops = stops
+        self.every = every
         self.aligned = False
         self.live = 1
         self.closures: dict[int, tuple[OptimizerState, Any]] = {}
@@ -107,7 +110,7 @@ class Sampling:
         except Exception as error:
             self._faults.caught("norms", error)
             return None
-        if self.stops:
+        if self.every:
             state.next_norm = step
         if state.row is not None:
             try:

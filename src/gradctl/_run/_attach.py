@@ -40,7 +40,7 @@ class Listening:
         self.recorder = Recorder(
             self.journal,
             budget=settings["budget"],
-            on_nonfinite="stop" if settings["on_nonfinite"] == "stop" else "continue",
+            on_nonfinite=settings["on_nonfinite"],
             watch_steps=settings["watch_steps"],
             lines=settings["lines"],
         )

@@ -289,7 +289,7 @@ def _begin(policy: Policy) -> Recording:
     recorder = Recorder(
         journal,
         budget=policy.budget,
-        on_nonfinite="stop" if policy.on_nonfinite == "stop" else "continue",
+        on_nonfinite=policy.on_nonfinite,
         watch_steps=policy.watch_steps,
         lines=policy.lines,
     )
