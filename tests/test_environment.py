@@ -41,6 +41,18 @@ def test_a_private_name_that_is_gone_says_what_happens_without_it(monkeypatch: p
     assert "MISSING  torch._no_such_name  (off)\n           without it: the sky falls" in text
 
 
+def test_a_private_name_with_an_entry_is_written_nowhere_else() -> None:
+    package = Path(_torch_private.__file__).parent
+    dotted = {entry.path.replace(":", ".") for entry in _torch_private.NAMES}
+    used = [
+        (str(file.relative_to(package)), name)
+        for file in package.rglob("*.py")
+        for name in dotted
+        if f"{name}(" in file.read_text(encoding="utf-8")
+    ]
+    assert used == []
+
+
 def test_it_says_which_engine_off_would_use_and_what_is_not_covered() -> None:
     from gradctl import _off
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradctl import _torch_private as private
 from gradctl._lineage._numbers import read_numbers
 
 DENSE = 3
@@ -18,6 +20,7 @@ DENSE = 3
 _SHARE = 0.004
 TINY = 1e-18
 _HUGE = 1e30
+_dispatch_off: Any = private.find("disable_dispatch") or contextlib.nullcontext
 
 
 def held_by(optimizer: Any) -> list[Tensor]:
@@ -176,7 +179,7 @@ def largest(tensors: Sequence[Tensor]) -> list[float | None]:
         return found  # nothing may be added to a CUDA graph, and nothing waited for
     readable: list[int] = []
     norms: list[Tensor] = []
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), _dispatch_off(), torch.no_grad():
         for position, tensor in enumerate(tensors):
             if type(tensor) not in (Tensor, Parameter) or tensor.device.type == "meta" or tensor.is_nested:
                 continue
