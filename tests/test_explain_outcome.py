@@ -149,12 +149,27 @@ def test_a_traced_run_that_fails_for_another_reason_is_told_apart(second: Ran, a
 def test_where_no_second_run_shows_anything_crumbs_are_told_as_what_they_are() -> None:
     first = ran(NONE, crumbs=[DETACH.to_json()])
     found = conclude("train.py", first, None, Options(rerun=False))
-    assert (found.exit_code, found.findings) == (1, (DETACH,))
-    assert found.sentence.startswith("the script was not run a second time (--no-rerun)")
-    assert found.sentence.endswith("not a proof")
+    assert (found.exit_code, found.findings, found.symptoms) == (4, (DETACH,), (NONE["text"],))
+    assert found.sentence == (
+        "no verdict: the script was not run a second time (--no-rerun). Symptom seen; these lines may have done it"
+    )
     again = conclude("train.py", first, traced(error="FileExistsError: model.pt"), PLAIN)
-    assert (again.exit_code, again.findings) == (1, (DETACH,))
-    assert again.sentence.startswith("the traced run ended with FileExistsError: model.pt (train.py:3)")
+    assert (again.exit_code, again.findings, again.symptoms) == (4, (DETACH,), (NONE["text"],))
+    assert again.sentence.startswith("no verdict: the traced run ended with FileExistsError: model.pt (train.py:3)")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        ran(RAISED, error=E0, crumbs=[DETACH.to_json()]),
+        replace(ran(NONE, crumbs=[DETACH.to_json()]), seen=({**NONE, "certain": True},)),
+    ],
+)
+def test_crumbs_below_a_certain_symptom_are_findings(first: Ran) -> None:
+    found = conclude("train.py", first, None, Options(rerun=False))
+    assert (found.exit_code, found.findings) == (1, (DETACH,))
+    assert found.symptoms == tuple(symptom["text"] for symptom in first.symptoms)
+    assert found.sentence.endswith("that is no proof")
 
 
 def test_the_place_of_a_crumb_is_relative_to_the_scripts_folder() -> None:

@@ -329,7 +329,7 @@ def explain(
         from gradctl import report as view
 
         view.draw_explanation(found, console=Console(highlight=False))
-    elif not found.findings:
+    elif not found.findings or found.exit_code not in (ExitCode.CLEAN, ExitCode.FINDINGS):
         click.echo(f"gradctl: {found.sentence}", err=True)
     return found.exit_code
 

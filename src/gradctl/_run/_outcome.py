@@ -26,7 +26,8 @@ _SYMPTOM_OF = {
     "gradients-vanish": "zero",
     "loss-blew-up": "nonfinite",
 }
-
+# Of those, what is wrong whatever the program means, where the recorder calls it an error.
+_CERTAIN = ("no-gradient", "gradients-all-zero")
 
 _NOTHING = "no verdict: the script has run no backward, so that there is no gradient to judge"
 _PERHAPS = ("left_autograd", "live_graphs")
@@ -142,6 +143,7 @@ def read_journals(directory: Path, rank: Rank) -> Ran:
     facts = Facts(Run(run.directory, own))
     seen = tuple(
         {"kind": _SYMPTOM_OF[f.slug], "text": f.symptom, "step": None, "parameters": list(f.parameters)}
+        | ({"certain": True} if f.slug in _CERTAIN and f.severity == "error" else {})
         for f in (judge_facts(facts).findings if own else ())
         if f.slug in _SYMPTOM_OF and f.severity != "note"
     )
@@ -191,6 +193,11 @@ def _is_wrong(first: Ran) -> bool:
     )
 
 
+def _is_certain(first: Ran) -> bool:
+    """Say whether one run alone proves that something is wrong: an error about gradients, or none reaches anything."""
+    return first.gradient_error or any(symptom.get("certain") for symptom in first.seen)
+
+
 def failed_anew(first: Ran | None, second: Ran) -> bool:
     """Say whether the traced run failed for a reason that the first one did not have, and so shows nothing.
 
@@ -217,7 +224,8 @@ def conclude(script: str, first: Ran | None, second: Ran | None, options: Option
     last = second or first or Ran()
     findings, (code, sentence), remarks = _findings(first, second, options)
     symptoms = ()
-    unsettled = code == FINDINGS or (code == NO_VERDICT and (second is None or last.gradient_error))
+    told_nothing = second is None or failed_anew(first, second)
+    unsettled = code == FINDINGS or (code == NO_VERDICT and (told_nothing or last.gradient_error))
     if first is not None and unsettled and _has_trained(first):
         symptoms = tuple(symptom["text"] for symptom in first.symptoms)
     return Explanation(
@@ -272,9 +280,11 @@ def _below(folder: str, finding: Finding) -> Finding:
 
 
 def _from_crumbs(first: Ran, why: str) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
-    if first.crumbs:
-        words = f"{why}: these are places where gradients may have been lost, not a proof"
+    if first.crumbs and _is_certain(first):
+        words = f"{why}: something is wrong, and these lines may have done it; that is no proof"
         return first.crumbs, (FINDINGS, words), ()
+    if first.crumbs and (first.symptoms or first.gradient_error):
+        return first.crumbs, (NO_VERDICT, f"no verdict: {why}. Symptom seen; these lines may have done it"), ()
     if not first.symptoms and not first.gradient_error:
         return (), _of_first(first), ()
     return (), (NO_VERDICT, f"no verdict: {why}, and one run alone does not show the cause"), ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import os
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -18,6 +19,8 @@ BEFORE, AFTER = 2, 1
 INDENT, LABEL = 2, 10
 PATTERNS = 8
 SHORT = 12
+HINT = 0.5
+"""Below this confidence a finding is a hint."""
 LEVELS = {0: "bold green", 1: "bold red", 3: "bold yellow", 4: "bold yellow"}
 COLOURS = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 
@@ -33,17 +36,17 @@ def draw(found: Explanation, *, console: Console) -> None:
     lines.unbroken(f"gradctl explain {found.script}")
     real = [finding for finding in found.findings if finding.severity != "note"]
     notes = [finding for finding in found.findings if finding.severity == "note"]
-    for place, finding in enumerate(real):
-        lines.gap()
-        (_whole if place == 0 else _short)(lines, finding, found)
-    if not real or found.exit_code != 1 or _says_more(found):
-        lines.gap()
-        lines.say(f"● {found.sentence}", LEVELS.get(found.exit_code, ""), indent=INDENT, hang=2)
-    if not real:
-        for place, symptom in enumerate(found.symptoms):
-            if place == 0:
-                lines.gap()
-            _row(lines, "symptom", symptom)
+    hints = bool(real) and all(finding.confidence < HINT for finding in real)
+    if hints:
+        _hints(lines, real, found)
+    else:
+        for place, finding in enumerate(real):
+            lines.gap()
+            (_whole if place == 0 else _short)(lines, finding, found)
+        if not real or found.exit_code != 1 or _says_more(found):
+            _sentence(lines, found)
+        if not real:
+            _symptoms(lines, found)
     if notes:
         lines.gap()
         lines.say("this also happens, and does no harm:", "dim", indent=INDENT)
@@ -54,6 +57,32 @@ def draw(found: Explanation, *, console: Console) -> None:
     if real and _has_page(real[0].slug):
         lines.gap()
         lines.unbroken(f"  more about it: gradctl cause {real[0].slug}")
+
+
+def _sentence(lines: Lines, found: Explanation) -> None:
+    lines.gap()
+    lines.say(f"● {found.sentence}", LEVELS.get(found.exit_code, ""), indent=INDENT, hang=2)
+
+
+def _symptoms(lines: Lines, found: Explanation) -> None:
+    for place, symptom in enumerate(found.symptoms):
+        if place == 0:
+            lines.gap()
+        _row(lines, "symptom", symptom)
+
+
+def _hints(lines: Lines, hints: Sequence[Finding], found: Explanation) -> None:
+    """Print lines that may have done it, below what was seen: they prove nothing."""
+    _sentence(lines, found)
+    _symptoms(lines, found)
+    for finding in hints:
+        lines.gap()
+        place = f"   {finding.primary}" if finding.primary else ""
+        lines.put(_label("perhaps") + Text(lines.clean(f"{finding.slug}{place}"), style=COLOURS[finding.severity]))
+        if finding.primary is not None:
+            _source(lines, finding.primary, found.folder)
+        _row(lines, "", finding.symptom)
+        _fix(lines, finding.fix)
 
 
 def _says_more(found: Explanation) -> bool:
