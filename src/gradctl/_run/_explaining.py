@@ -19,9 +19,10 @@ from gradctl._errors import GradctlError, UsageError
 from gradctl._policy import Policy
 from gradctl._results import Explanation
 from gradctl._run import _launcher, _outcome, _together
+from gradctl._run._module import check_module
 from gradctl._run._outcome import Options, Ran
 from gradctl._run._stage import Interrupted, Streams, Waiting, spawn
-from gradctl._run._start import UNSEEN, check_script, display_name, hiding, split, told
+from gradctl._run._start import UNSEEN, check_script, display_name, hiding, module_of, split, told
 from gradctl._run._stdin import Input
 
 _SHOWN_LINES = 30
@@ -48,7 +49,7 @@ def explain(command: Sequence[str], script: str, options: Options) -> Explanatio
 
     Raises:
         GradctlError: this system cannot start a process in this way.
-        UsageError: there is no such script, it is not a Python program, or gradctl cannot be found in it.
+        UsageError: there is no such script or module, it is not a Python program, or gradctl cannot be found in it.
     """
     if os.name != "posix":
         raise GradctlError(
@@ -57,6 +58,9 @@ def explain(command: Sequence[str], script: str, options: Options) -> Explanatio
     flags, kind = split(command, script)
     if kind == "file":
         check_script(script, verb="explain")
+    module, safe_path = module_of(command, script)
+    if module is not None:
+        check_module(module, verb="explain", safe_path=safe_path)
     lost = hiding(flags)
     if lost is not None:
         raise UsageError(f"nothing can be explained under `python -{lost}`", why=UNSEEN[lost], fix=f"leave -{lost} out")

@@ -136,6 +136,18 @@ def split(command: Sequence[str], script: str) -> tuple[list[str], str]:
     return list(command[:position]), "other" if script == "-" else "file"
 
 
+def module_of(command: Sequence[str], script: str) -> tuple[str | None, bool]:
+    """Return the module that `-m` names, None for anything else, and whether `-P` stands before it.
+
+    Args:
+        command: what the interpreter gets.
+        script: what stands for the script in `command`.
+    """
+    flags, kind = split(command, script)
+    letters = "".join(_letters(word) for word in command[: len(flags) + 1])
+    return (script if kind == "other" and letters.endswith("m") else None), "P" in letters
+
+
 def _letters(word: str) -> str:
     """The one-letter options of a word, up to the first that takes a value (that one included)."""
     if not word.startswith("-") or word.startswith("--"):
