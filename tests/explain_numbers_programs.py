@@ -94,6 +94,36 @@ class M(nn.Module):
 main(M, lambda m,i: m(torch.randn(4,6)).pow(2).mean())
 """,
     ),
+    "mean_over_one_is_taken_off": (
+        "zero_grad_size_one",
+        """
+class M(nn.Module):
+    def __init__(s):
+        super().__init__()
+        s.f=nn.Linear(6,1)
+        s.h=nn.Linear(1,1)
+    def forward(s,x):
+        z=s.f(x)
+        mu=z.mean(-1,keepdim=True)
+        return s.h(z-mu) # cause
+main(M, lambda m,i: (m(torch.randn(4,6))-1).pow(2).mean())
+""",
+    ),
+    "softmax_by_hand_over_one": (
+        "zero_grad_size_one",
+        """
+class M(nn.Module):
+    def __init__(s):
+        super().__init__()
+        s.f=nn.Linear(6,1)
+        s.h=nn.Linear(1,1)
+    def forward(s,x):
+        z=s.f(x)
+        e=z-z.amax(-1,keepdim=True) # cause
+        return s.h(e.exp())
+main(M, lambda m,i: (m(torch.randn(4,6))-1).pow(2).mean())
+""",
+    ),
     "cross_entropy_of_one_class": (
         "zero_grad_size_one",
         """

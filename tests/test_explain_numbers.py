@@ -103,3 +103,37 @@ def test_the_step_is_named_at_which_it_began(tmp_path: Path) -> None:
 def test_the_operand_is_told(tmp_path: Path) -> None:
     _, body = BROKEN["log_of_zero"]
     assert "exactly 0" in findings(tmp_path, body)[0].why
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "y=m(x); t=y.detach()*2; loss=((y-t)**2).mean()+y.pow(2).mean()",
+        "y=m(x); loss=(y-y.detach().mean()*0-2*y).sum()+y.sum()",
+        "y=m(x); loss=(y-y.exp().mean()).sum()-y.sum()+y.exp().sum()",
+        "y=m(x).expand(4,3); p=y.softmax(-1); loss=p.mean()*0.1+y.mean()-y.mean()",
+    ],
+)
+def test_terms_that_cancel_are_not_blamed_on_a_normalisation(loss: str, tmp_path: Path) -> None:
+    body = f"""
+m=nn.Linear(4,1)
+o=torch.optim.SGD(m.parameters(), lr=0.05)
+for i in range(8):
+    x=torch.ones(1,4)
+    {loss}
+    o.zero_grad(); loss.backward(); o.step()
+"""
+    assert [found.slug for found in findings(tmp_path, body)] == []
+
+
+def test_a_single_entry_beside_another_way_is_not_blamed_for_a_small_gradient(tmp_path: Path) -> None:
+    body = """
+f=nn.Linear(4,1)
+o=torch.optim.SGD(f.parameters(), lr=0.05)
+g=nn.Parameter(torch.zeros(4,1))
+for i in range(8):
+    y=f(torch.ones(1,4))
+    loss=(y.softmax(-1)*2).sum()+y.sum()*1e-9
+    o.zero_grad(); loss.backward(); o.step()
+"""
+    assert findings(tmp_path, body) == []

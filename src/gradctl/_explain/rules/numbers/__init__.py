@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gradctl._explain.rules import Rule
-from gradctl._explain.rules.numbers import functions, growth, nonfinite, zeros
+from gradctl._explain.rules.numbers import functions, growth, nonfinite, single, zeros
 
-RULES: list[Rule] = [*nonfinite.RULES, *growth.RULES, *zeros.RULES, *functions.RULES]
+RULES: list[Rule] = [*nonfinite.RULES, *growth.RULES, *zeros.RULES, *single.RULES, *functions.RULES]

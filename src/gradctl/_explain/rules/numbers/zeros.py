@@ -10,11 +10,11 @@ from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain.rules import Rule
 from gradctl._explain.rules.numbers import names
 from gradctl._explain.rules.numbers.factors import factor
+from gradctl._explain.rules.numbers.single import ENOUGH, cancels, runs_over_one
 from gradctl._explain.rules.numbers.verdict import Swallowed, named
-from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, live_leaves, path, upstream
+from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, path
 
-_ENOUGH = 3
-_NOISE = 1e-5
+_END = 1e-4
 
 
 class _Silent(NamedTuple):
@@ -59,12 +59,12 @@ def silent(context: Context) -> list[_Silent]:
 
 def _lasts(context: Context, tail: int, always: bool, before: list[Any]) -> bool:
     if always:
-        return tail >= _ENOUGH or context.finished
+        return tail >= ENOUGH or context.finished
     longest = run = 0
     for state in before:
         run = run + 1 if state == "zero" else 0
         longest = max(longest, run)
-    return tail >= max(_ENOUGH, 4 * longest)
+    return tail >= max(ENOUGH, 4 * longest)
 
 
 def zero(context: Context) -> Iterable[Candidate]:
@@ -89,7 +89,7 @@ def _candidate(context: Context, slug: str, where: Site | None, group: list[tupl
     small = "exactly zero" if entry.hits[0].kind == "zero" else "vanishingly small"
     when = f"in all {entry.steps} steps" if entry.always else f"from step {entry.since + 1} on, after gradients before"
     confidence = verdict.confidence
-    if entry.steps < _ENOUGH:
+    if entry.steps < ENOUGH:
         when = "" if not entry.facts.states else f"in {count(entry.steps, 'step')}"
         confidence = min(confidence, 0.78)
     if not entry.always:
@@ -111,33 +111,6 @@ def _candidate(context: Context, slug: str, where: Site | None, group: list[tupl
     )
 
 
-def over_one(context: Context) -> Iterable[Candidate]:
-    """A normalisation that always ran over one entry: what is left of its gradient is rounding noise."""
-    behind = {id(node) for backward in context.facts.backwards for root in backward.roots for node in upstream([root])}
-    for node, single, calls in context.facts.over_one.values():
-        if single < calls or (single < _ENOUGH and not context.finished) or id(node) not in behind:
-            continue
-        wanted = live_leaves(node)
-        mine = [
-            (key, facts)
-            for key, facts in context.parameters()
-            if id(facts.node) in wanted and facts.norm is not None and abs(facts.norm) < _NOISE
-        ]
-        if not mine:
-            continue
-        yield Candidate(
-            "zero_grad_size_one",
-            node.site,
-            f"{count(len(mine), 'parameter')} with a gradient of zero, but for rounding",
-            f"`{named(node)}` runs over a dimension of one entry: the result is the same whatever that entry is",
-            confidence=0.9 if single >= _ENOUGH else 0.7,
-            parameters=tuple([key for key, _ in mine]),
-            node=node,
-            leaf=mine[0][1].node,
-            explains="zero",
-        )
-
-
 def _verdict(context: Context, entry: _Silent) -> Swallowed | None:
     found = [verdict for hit in entry.hits if (verdict := _explained(context, entry, hit)) is not None]
     return max(found, key=lambda verdict: verdict.confidence, default=None)
@@ -149,7 +122,7 @@ def _explained(context: Context, entry: _Silent, hit: Hit) -> Swallowed | None:
     if node is None or not node.stack:
         return None
     if hit.detail["edge"] < 0:
-        return _hooked(context, hit) or _cancels(hit, node)
+        return _hooked(context, hit) or cancels(context, node)
     if hit.detail["forward_class"] is not None:
         return None
     if name.startswith(names.FLAT_STEP):
@@ -161,12 +134,13 @@ def _explained(context: Context, entry: _Silent, hit: Hit) -> Swallowed | None:
             0.95,
         )
     if name in ("Softmax", "LogSoftmax", "NativeLayerNorm", "NativeGroupNorm", "FusedRmsNorm"):
-        one = _over_one(hit, node, name)
+        one = runs_over_one(hit, node, name)
         if one is not None:
             return one
-    if name.startswith(names.FLAT_RELU):
+    shrunk = hit.kind == "zero" or (hit.detail["size"] or 0.0) < 0.5 * hit.magnitude
+    if name.startswith(names.FLAT_RELU) and hit.kind == "zero":
         return _flat(context, entry, hit, node, "zero_grad_relu", "is 0 for all of its inputs, and so is its slope")
-    if name.startswith(names.FLAT_CLAMP):
+    if name.startswith(names.FLAT_CLAMP) and hit.kind == "zero":
         return _flat(
             context,
             entry,
@@ -176,6 +150,8 @@ def _explained(context: Context, entry: _Silent, hit: Hit) -> Swallowed | None:
             "has all of its inputs outside of the range, where its slope is 0",
         )
     if name.startswith(names.SATURATING):
+        if not shrunk or not _may_be_saturated(name, hit):
+            return None
         out = hit.detail["size"] or 0.0
         return Swallowed(
             "vanished_grad",
@@ -187,6 +163,17 @@ def _explained(context: Context, entry: _Silent, hit: Hit) -> Swallowed | None:
     if verdict := factor(context, entry.key, hit, node, name):
         return verdict
     return _underflow(hit, node)
+
+
+def _may_be_saturated(name: str, hit: Hit) -> bool:
+    """Whether the result of a softmax or a sigmoid has an entry close to an end; True where it was not kept.
+
+    A softmax whose entries are summed up again, or all weighed alike, hands on nothing too, and is not saturated.
+    """
+    if hit.kind != "zero" or name not in ("Softmax", "Sigmoid"):
+        return True
+    result = hit.detail["saved"].get("result") or {}
+    return "min" not in result or result["min"] < _END or result["max"] > 1.0 - _END
 
 
 def _flat(context: Context, entry: _Silent, hit: Hit, node: Node, slug: str, why: str) -> Swallowed:
@@ -247,58 +234,6 @@ def _is_penalty(node: Node, root: Node) -> bool:
     return True
 
 
-def _over_one(hit: Hit, node: Node, name: str) -> Swallowed | None:
-    saved = hit.detail["saved"]
-    result = saved.get("result") or saved.get("output")
-    one = False
-    if name.endswith("Softmax"):
-        level = 1.0 if name == "Softmax" else 0.0
-        dim = saved.get("dim", {}).get("number")
-        shape = result["shape"] if result else tuple(node.shape)
-        if isinstance(dim, int) and shape:
-            dim = dim - (1 << 64) if dim >= 1 << 63 else dim
-            one = -len(shape) <= dim < len(shape) and shape[dim] == 1
-        elif result:
-            one = result.get("min") == level == result.get("max")
-    elif name in ("NativeLayerNorm", "FusedRmsNorm"):
-        numbers = saved.get("normalized_shape", {}).get("numbers")
-        one = numbers is not None and all(number == 1 for number in numbers)
-    elif (shape := tuple(node.shape)) and "group" in saved:
-        size = 1
-        for length in shape[1:]:
-            size *= length
-        one = size == saved["group"].get("number")
-    if not one:
-        return None
-    return Swallowed(
-        "zero_grad_size_one",
-        node.site,
-        f"`{named(node)}` runs over a dimension of one entry: the result is the same whatever that entry is",
-        node,
-        0.93,
-    )
-
-
-def _cancels(hit: Hit, node: Node) -> Swallowed | None:
-    """What arrives sums to zero: a value divided by its own norm, or less its own mean, over one entry."""
-    stems = [(names.function(name), at) for name, at in hit.detail["after"][:6]]
-    joins = [at for stem, at in stems if stem in ("Div", "Sub", "Rsub", "Mul")]
-    sums = any(
-        stem.startswith(("Sum", "Mean", "Norm", "LinalgVectorNorm", "ClampMin", "Expand", "Max", "Amax"))
-        for stem, _ in stems
-    )
-    if not joins or not sums or 1 not in tuple(node.shape):
-        return None
-    at = joins[0] or node
-    return Swallowed(
-        "zero_grad_size_one",
-        at.site,
-        f"`{named(at)}` normalises over a dimension of one entry: the result is the same whatever that entry is",
-        at,
-        0.7,
-    )
-
-
 def _hooked(context: Context, hit: Hit) -> Swallowed | None:
     for hook in context.facts.hooks:
         if hook.node is hit.node and hook.code is not None:
@@ -352,4 +287,4 @@ def _reads(node: Node, verdict: Swallowed) -> bool:
     return False
 
 
-RULES: list[Rule] = [zero, over_one]
+RULES: list[Rule] = [zero]
