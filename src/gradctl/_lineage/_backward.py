@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from gradctl._lineage._edits import watch_edits
 from gradctl._lineage._facts import BackwardFacts, DeadTerm, ErrorFacts
@@ -148,6 +150,7 @@ class _Call:
             inputs=tuple([tracer.node(tensor) for tensor in self.inputs if isinstance(tensor, Tensor)]),
             step=facts.steps,
             seq=tracer.seq(),
+            thread=threading.get_ident(),
         )
         facts.backwards.append(self.facts)
         if self.inputs:
@@ -169,6 +172,11 @@ class _Call:
         """Keep the graph where it tells why this failed, and until a backward succeeds: it holds what was saved."""
         self.facts.failed = True
         state = self.tracer.here
+        if "does not require grad" in str(error):
+            for node in upstream([*self.facts.roots, *(escape.node for escape in self.tracer.facts.escapes)]):
+                tensor = node.tensor() if node.leaf else None
+                if tensor is not None and (node.requires_grad or isinstance(tensor, Parameter)):
+                    self.tracer.parameter(tensor)  # so that what lost its gradient can be named
         told = any(part in str(error) for part in _GRAPH_TELLS)
         self.tracer.facts.error = ErrorFacts(
             error, "backward", self.facts.roots, tuple([False] * len(self.facts.roots)), self.facts.stack,

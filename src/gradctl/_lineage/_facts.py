@@ -102,6 +102,7 @@ class GradEvent(NamedTuple):
     module: the ids of the parameters in `ids`), "read".
     sources: for "set" and "edit", whose gradients the new value (the other operands) came from, with the order of the
     newest reading; None if unknown.
+    thread: identifier of the thread that did it.
     """
 
     kind: str
@@ -112,6 +113,7 @@ class GradEvent(NamedTuple):
     seq: int
     value: int
     sources: dict[int, int] | None = None
+    thread: int = 0
 
 
 @dataclass(slots=True)
@@ -354,6 +356,7 @@ class BackwardFacts:
         leaves: ids of the leaves that the graph reaches.
         step: number of optimizer steps before it.
         seq: order.
+        thread: identifier of the thread that called it.
         missing: positions of inputs that came back as None.
         root_sizes: rough size of each output (see `_numbers.magnitude`), with numerics only.
     """
@@ -368,6 +371,7 @@ class BackwardFacts:
     step: int
     seq: int
     leaves: frozenset[int] = frozenset()
+    thread: int = 0
     missing: tuple[int, ...] = ()
     failed: bool = False
     root_sizes: tuple[float, ...] = ()

@@ -25,7 +25,8 @@ def events_since(tracer: Tracer, seq: int) -> list[GradEvent]:
     for event in reversed(tracer.facts.grad_events):
         if event.seq < seq:
             break
-        found.append(event)
+        if not tracer.of_another_worker(event.thread):
+            found.append(event)
     found.reverse()
     return found
 

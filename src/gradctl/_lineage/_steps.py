@@ -50,7 +50,11 @@ def before_step(tracer: Tracer, optimizer: Any, stack: Stack) -> None:
             facts.nonfinite.steps += 1
     elif facts.nonfinite is not None and not facts.nonfinite.leaves and mine.held & facts.nonfinite.backward.leaves:
         facts.nonfinite.steps += 1  # the loss was NaN, its gradients were not, and the step was taken
-    backwards = [b for b in facts.backwards if b.accumulates and not b.failed and b.seq > mine.last_step_seq]
+    backwards = [
+        b
+        for b in facts.backwards
+        if b.accumulates and not b.failed and b.seq > mine.last_step_seq and not tracer.of_another_worker(b.thread)
+    ]
     step = facts.steps
     unreached: Unreached | None = None
     with_grad: dict[int, int] = {}

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -303,6 +304,7 @@ class Trace:
                 if self.tracer.disabled:
                     return function(*inner_args, **inner_kwargs)
                 self.tracer.here.started = begun
+                self.tracer.workers.add(threading.get_ident())
                 with Mode(self.tracer):
                     return function(*inner_args, **inner_kwargs)
 

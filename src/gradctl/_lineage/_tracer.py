@@ -90,6 +90,7 @@ class Tracer:
         self.of_library = TensorMap()
         self.through_data = TensorMap()
         self.constants_made = -1
+        self.workers: set[int] = {threading.get_ident()}
         self.copies: deque[Node] = deque(maxlen=256)
         self.log: dict[int, list[Node]] = {0: []}
         self.faults: list[str] = []
@@ -348,6 +349,10 @@ class Tracer:
         entry.count += 1
         entry.keys.add(key)
 
+    def of_another_worker(self, thread: int) -> bool:
+        """Whether that is another thread of the program (not one of the engine's): it trains on its own account."""
+        return thread in self.workers and thread != threading.get_ident()
+
     def grad_event(
         self,
         kind: str,
@@ -359,7 +364,9 @@ class Tracer:
         sources: dict[int, int] | None = None,
     ) -> GradEvent:
         """Note that something other than backward touched a gradient."""
-        event = GradEvent(kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value, sources)
+        event = GradEvent(
+            kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value, sources, threading.get_ident()
+        )
         self.facts.grad_events.append(event)
         return event
 
