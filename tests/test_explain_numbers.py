@@ -137,3 +137,22 @@ for i in range(8):
     o.zero_grad(); loss.backward(); o.step()
 """
     assert findings(tmp_path, body) == []
+
+
+@pytest.mark.parametrize("cast", ["h=h.half() # cast", "h=h.to(torch.float16) # cast", "h=h.to(x.half()) # cast"])
+def test_the_cast_that_made_a_value_half_is_shown_where_its_gradient_underflows(cast: str, tmp_path: Path) -> None:
+    body = f"""
+f=nn.Linear(4,4)
+o=torch.optim.SGD(f.parameters(), lr=0.05)
+for i in range(8):
+    x=torch.randn(8,4)
+    h=f(x)
+    {cast}
+    h=h+1
+    loss=h.float().pow(2).mean()*1e-8 # cause
+    o.zero_grad(); loss.backward(); o.step()
+"""
+    first = findings(tmp_path, body)[0]
+    assert (first.slug, first.primary and first.primary.line) == ("zero_grad_underflow", line_of(body))
+    line = 1 + next(n for n, text in enumerate((HEAD + body.lstrip()).splitlines()) if "# cast" in text)
+    assert [(span.line, span.role) for span in first.evidence] == [(line, "where the value became float16")]

@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
+
 from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain.rules import Rule
 from gradctl._explain.rules.numbers import names
@@ -14,6 +16,7 @@ from gradctl._explain.rules.numbers.single import ENOUGH, cancels, runs_over_one
 from gradctl._explain.rules.numbers.verdict import Swallowed, named
 from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, path
 
+_CASTS = frozenset(["to", "half", "type", "type_as"])
 _END = 1e-4
 
 
@@ -261,7 +264,21 @@ def _underflow(hit: Hit, node: Node) -> Swallowed | None:
         f"behind `{named(node)}` the gradient, {hit.magnitude:.1e}, falls below 6e-8, the smallest float16",
         node,
         0.85,
+        evidence=((cast.site, "where the value became float16"),) if (cast := _cast_to_half(node)) is not None else (),
     )
+
+
+def _cast_to_half(node: Node) -> Node | None:
+    """Return the nearest cast to float16 that the program wrote itself, on the way from the parameters to a value."""
+    queue, seen = [node], set[int]()
+    for at in queue:
+        for parent in at.inputs:
+            if names.operation(at) in _CASTS and at.dtype is torch.float16 and parent.dtype is not torch.float16:
+                return at
+            if id(parent) not in seen and parent.trainable:
+                seen.add(id(parent))
+                queue.append(parent)
+    return None
 
 
 def _join(entry: _Silent, groups: dict[tuple[str, Site | None], list[tuple[_Silent, Swallowed]]]) -> None:
