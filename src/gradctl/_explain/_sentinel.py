@@ -21,7 +21,7 @@ from gradctl._explain._gradient_errors import is_gradient_error
 from gradctl._explain._held import DENSE, Held
 from gradctl._explain._passages import Leaf, Passages
 from gradctl._explain._symptoms import Symptom
-from gradctl._lineage import Frames
+from gradctl._lineage import Frames, let_workers_finish
 from gradctl._names import NameBook
 
 _WITHOUT_OPTIMIZER = 8
@@ -70,6 +70,7 @@ class Sentinel:
             _taps.zero_grad.subscribe(self._around_zero_grad, order="record"),
             _taps.module_zero_grad.subscribe(self._around_module_zero_grad, order="record"),
             _taps.compile.subscribe(self._around_compile, order="record"),
+            _taps.group_destroyed.subscribe(let_workers_finish, order="measure"),
         ]
         self._open()
         _installed.add(self)

@@ -34,7 +34,7 @@ from gradctl._lineage._forward import Flag
 from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import CASTS, COMPARISONS, VIEWS
-from gradctl._lineage._trace import Trace
+from gradctl._lineage._trace import Trace, let_workers_finish
 from gradctl._lineage._tracer import FREED, NODE, Tracer, grad_fn_of
 from gradctl._lineage._walk import (
     Unreached,
@@ -85,6 +85,7 @@ __all__ = [
     "Unreached",
     "breaks",
     "grad_fn_of",
+    "let_workers_finish",
     "live_leaves",
     "path",
     "site",

@@ -444,6 +444,9 @@ class NonfiniteFacts:
         largest: the largest finite gradient of that backward.
         growth: the lines that the engine ran most often, with how often, and the largest finite gradient there.
         backwards: further backwards that were broken.
+        run: of the last backwards of the same loss, how many were broken without one that was not.
+        last: the generation of the last of them.
+        first: whether no backward of this loss was whole before.
         steps: optimizer steps that used a broken gradient.
     """
 
@@ -456,6 +459,9 @@ class NonfiniteFacts:
     largest: float = 0.0
     growth: tuple[tuple[Node, int, float], ...] = ()
     backwards: int = 0
+    run: int = 1
+    last: int = 0
+    first: bool = False
     steps: int = 0
 
 
@@ -494,6 +500,8 @@ class Facts:
     error: ErrorFacts | None = None
     nonfinite: NonfiniteFacts | None = None
     passed: NonfiniteFacts | None = None
+    withheld: dict[Any, NonfiniteFacts] = field(default_factory=dict[Any, NonfiniteFacts])
+    whole_losses: set[Any] = field(default_factory=set[Any])
     recovered: int = 0
     exploded: NonfiniteFacts | None = None
     over_one: dict[Any, list[Any]] = field(default_factory=dict[Any, "list[Any]"])

@@ -260,8 +260,12 @@ class Probe:
 
     def _all_finite(self) -> None:
         tracer, facts = self._tracer, self._tracer.facts
-        found = facts.nonfinite
+        found, key = facts.nonfinite, loss_of(self._backward)
+        facts.whole_losses.add(key)
+        facts.withheld.pop(key, None)
         if found is not None and not found.steps:
+            if (other := loss_of(found.backward)) != key:
+                facts.withheld[other] = found  # it may go on: this one says nothing of that loss
             facts.recovered += 1  # nobody used it: a loss scaler, or the program itself, left that step out
             facts.passed, facts.nonfinite = found, None
             tracer.forward.paused = False
@@ -271,8 +275,20 @@ class Probe:
         self, first: tuple[int, int] | None, bad: Sequence[Tensor], arrived: dict[Any, float | None]
     ) -> None:
         tracer, facts, backward = self._tracer, self._tracer.facts, self._backward
+        key = loss_of(backward)
         if facts.nonfinite is not None:
             facts.nonfinite.backwards += 1
+            if loss_of(facts.nonfinite.backward) == key:
+                facts.nonfinite.run += 1
+                facts.nonfinite.last = backward.generation
+            return
+        if (known := facts.withheld.pop(key, None)) is not None:
+            known.backwards += 1
+            known.run += 1
+            known.last = backward.generation
+            facts.nonfinite = known
+            tracer.forward.paused = True
+            tracer.forward.clear()
             return
         finite = [size for size in self._edges.values() if size is not None and size - size == 0.0]
         hit = None if first is None else self._hit("nonfinite", *first)
@@ -285,6 +301,8 @@ class Probe:
             generation=backward.generation,
             largest=max(finite, default=0.0),
             growth=self._growth() if hit is not None else (),
+            first=key not in facts.whole_losses,
+            last=backward.generation,
         )
         tracer.forward.paused = True
         tracer.forward.clear()
@@ -312,6 +330,12 @@ class Probe:
                         node, 1 + (known[1] if known else 0), max(size, known[2] if known else 0.0)
                     )  # fmt: skip
         return tuple(sorted(sizes.values(), key=lambda entry: -entry[1])[:4])
+
+
+def loss_of(backward: BackwardFacts) -> Any:
+    """Return what tells the loss of a backward from the others of a program: the lines that made it and run it."""
+    root = next(iter(backward.roots), None)
+    return root.stack[:1] if root is not None else (), backward.stack[:1]
 
 
 def _forget(parameter: ParameterFacts, kind: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,6 +70,7 @@ class Trace:
                 _taps.inference_entered.subscribe(self._inference_entered, order="record"),
                 _taps.inference_left.subscribe(self._inference_left, order="record"),
                 _taps.thread_start.subscribe(self._thread_start, order="record"),
+                _taps.group_destroyed.subscribe(let_workers_finish, order="measure"),
             ):
                 undo.callback(handle.remove)
             # A compiled region would trace into the mode's own Python; while traced, everything runs eagerly.
@@ -340,6 +342,21 @@ def _inference_region(frames: Frames) -> Region:
         if code is not None and frames.is_user(code.co_filename):
             region.decorated, region.library = code, None
     return region
+
+
+def let_workers_finish(inner: Any) -> Any:
+    """Wrap `destroy_process_group`: let the threads of the group drop what they hold of ours before they are joined.
+
+    A collective remembers the function modes of the thread that began it, which are Python objects. The group is
+    destroyed, and its threads are joined, under the GIL that one of them may be waiting for to drop the last of them.
+    """
+
+    def destroy(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(10):
+            time.sleep(0.01)  # without the GIL
+        return inner(*args, **kwargs)
+
+    return destroy
 
 
 def _defined_by_library(frames: Frames) -> bool:
