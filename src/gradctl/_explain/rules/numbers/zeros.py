@@ -34,10 +34,13 @@ class _Silent(NamedTuple):
 def silent(context: Context) -> list[_Silent]:
     """Return the parameters whose gradient is zero, or tiny, in all steps from some step on."""
     found: list[_Silent] = []
+    stepping = context.facts.steps > 0
     for key, facts in context.parameters():
         killer = facts.killers.get("zero") or facts.killers.get("tiny")
         if killer is None or context.is_hand_written(facts):
             continue
+        if not facts.states and stepping and key not in context.facts.read_by_user:
+            continue  # nobody uses this gradient: the input of a penalty, for example
         first, backwards = killer
         hits = (first, *first.detail.get("others", ()))
         states = [state for _, state in facts.states]
