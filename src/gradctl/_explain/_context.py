@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gradctl._lineage import Facts, Node, OptimizerFacts, ParameterFacts, Site, Stack, Tracer, path, site
+from gradctl._lineage import Facts, Node, OptimizerFacts, ParameterFacts, Site, Stack, Tracer, path, site, upstream
 from gradctl._names import NameBook
 from gradctl._results import Severity, Span
 
@@ -28,7 +28,9 @@ class Candidate:
         severity: "error" (broken), "warning" (look at it), "note" (harmless, most likely).
         evidence: `(place, role)` pairs.
         parameters: ids of the parameters concerned.
-        node, leaf: for the path line: from `leaf` through `node` to the loss.
+        node, leaf, root: for the path line: from `leaf` through `node` to the loss `root`. Where a rule leaves out the
+            ends, `chain` looks for them.
+        left, back: for a value that left autograd at `node`: through what, and the value that was made of it again.
         explains: what it explains: "error" (the exception), or a symptom ("none", "zero", "nonfinite", "wiring",
             "order", "memory", "wrong"). Of several candidates for one parameter and symptom only the best is shown.
     """
@@ -45,6 +47,8 @@ class Candidate:
     node: Node | None = None
     leaf: Node | None = None
     root: Node | None = None
+    left: str = ""
+    back: Node | None = None
     explains: str = "none"
     measured: dict[str, float] | None = None
 
@@ -130,7 +134,7 @@ class Context:
 
     def ids_on_path(self, candidate: Candidate) -> set[int]:
         """Return the ids of the leaves at which the path of a candidate begins."""
-        return {key for node in chain(candidate)[:1] if node.leaf and (key := self.key_of(node)) is not None}
+        return {key for node in chain(self, candidate)[0][:1] if node.leaf and (key := self.key_of(node)) is not None}
 
     def key_of(self, node: Node) -> int | None:
         """Return the id of the leaf that a node stands for."""
@@ -146,14 +150,33 @@ class Context:
         return Span(path[len(folder) :] if folder and path.startswith(folder) else path, place.line, role)
 
 
-def chain(candidate: Candidate) -> list[Node]:
-    """Return the values from a leaf, through the candidate's node, to the root, as far as they are known."""
+def chain(context: Context, candidate: Candidate) -> tuple[list[Node], list[Node], bool]:
+    """Return the values from a leaf to the candidate's node, those behind it, and whether they end at a loss.
+
+    Behind a value that left autograd, they begin where it came back.
+    """
     node = candidate.node
     if node is None:
-        return []
-    below = path(node, candidate.leaf) if candidate.leaf is not None else [node]
-    above = path(candidate.root, node) if candidate.root is not None else []
-    return [*(below or [node]), *above[1:]]
+        return [], [], False
+    leaf = candidate.leaf
+    below = path(node, leaf) if leaf is not None else []
+    if not below:
+        behind = {id(at) for at in upstream([node])}
+        starts = (
+            facts.node for key in candidate.parameters if (facts := context.facts.parameters.get(key)) is not None
+        )
+        leaf = next((start for start in starts if id(start) in behind), None)
+        below = path(node, leaf) if leaf is not None else [node]
+    begin = candidate.back if candidate.left else node
+    if begin is None:
+        return below, [], False
+    above = path(candidate.root, begin) if candidate.root is not None else []
+    backwards = [b for b in reversed(context.facts.backwards) if b.accumulates] if not above else []
+    for root in (root for backward in backwards for root in backward.roots):
+        above = path(root, begin)
+        if above:
+            break
+    return below, above if candidate.left else above[1:], bool(above)
 
 
 def place(stack: Stack, depth: int = 0) -> Site | None:

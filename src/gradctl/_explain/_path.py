@@ -11,25 +11,30 @@ _WORDS = {"__getitem__": "index", "__matmul__": "matmul", "__rmatmul__": "matmul
 
 def path_line(context: Context, candidate: Candidate) -> str:
     """Return `img.weight → linear → ✗ detach → stack → loss`; empty when the values between are not known."""
-    nodes = chain(candidate)
-    if len(nodes) < 2:
-        return ""
+    below, above, ends = chain(context, candidate)
     words: list[str] = []
-    cut = -1
-    for position, node in enumerate(nodes):
+    for position, node in enumerate(below):
         word = _word(context, node)
-        if node is candidate.node and position:
-            cut = len(words)
+        if node is candidate.node and not candidate.left and (position or not node.leaf):
             words.append(f"✗ {word}")
         elif not words or words[-1] != word:
             words.append(word)
-    if candidate.root is not None:
+    if candidate.left:
+        words.append(f"✗ {candidate.left}")
+    cut = len(words) - 1
+    if candidate.left and above:
+        words.append("…")
+    for node in above:
+        word = _word(context, node)
+        if words[-1] != word:
+            words.append(word)
+    if ends:
         words.append("loss")
-    return " → ".join(_shortened(words, cut))
+    return " → ".join(_shortened(words, cut)) if len(words) > 1 else ""
 
 
 def _word(context: Context, node: Node) -> str:
-    if node.leaf:
+    if node.leaf and not node.inputs:
         key = context.key_of(node)
         return (context.name(key) if key is not None else None) or f"leaf {list(node.shape)}"
     name = node.op.removesuffix(".__get__").removesuffix(".apply")

@@ -20,8 +20,8 @@ _FENCE = re.compile(r"^```(\w+) \w+$", re.MULTILINE)
 _ENTRY = re.compile(r"^\| \[(\w+)\]\(\w+\.md\) \| (.+?) \|$", re.MULTILINE)
 
 
-_UNKNOWN = """`unknown` is not a cause: something is missing, and what was seen does not show the line that lost it; pass
-`gradctl.explain` a function that computes the loss, or run `gradctl explain SCRIPT`.
+_UNKNOWN = """`unknown` is not a cause: something is missing, and what was seen does not show the line that lost it;
+pass `gradctl.explain` a function that computes the loss, or run `gradctl explain SCRIPT`.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import CodeType
 
 from torch.nn import Parameter
@@ -50,6 +51,7 @@ def no_history(context: Context) -> Iterable[Candidate]:
         found = True
     wanted = _wanted(context)
     sufficient = sufficient_breaks(roots)
+    behind: dict[tuple[str, Site | None], Candidate] = {}
     for rank, node in enumerate(sufficient or breaks(nodes)):
         cut = describe(node)
         leaves = live_leaves(node)
@@ -59,8 +61,14 @@ def no_history(context: Context) -> Iterable[Candidate]:
         if wanted and not reaches & wanted:
             confidence -= 0.1
         leaf = next((facts.node for _, facts in context.parameters() if id(facts.node) in leaves), None)
-        yield _candidate(context, cut, roots, node, leaf, tuple(reaches & wanted or reaches), confidence, error)
         found = True
+        one = _candidate(context, cut, roots, node, leaf, tuple(reaches & wanted or reaches), confidence, error)
+        known = behind.get((cut.slug, cut.place))
+        if known is not None:  # one region cuts at each operation in it: all that is behind it is lost there
+            best = max(known, one, key=lambda c: c.confidence)
+            one = replace(best, parameters=tuple(dict.fromkeys((*known.parameters, *one.parameters))))
+        behind[cut.slug, cut.place] = one
+    yield from behind.values()
     if not found:
         yield from _escaped(context, nodes, roots, error)
 
@@ -93,6 +101,10 @@ def _candidate(
 def _mode_is_off(context: Context, error: ErrorFacts, roots: Sequence[Node]) -> Candidate:
     region = error.regions[-1]
     cut = in_region(region, "backward()", place(error.stack))
+    leaves = [node for node in upstream(roots) if node.leaf and node.requires_grad]
+    ids = tuple(key for node in leaves if (key := context.key_of(node)) is not None)
+    node = next((node for node in sufficient_breaks(roots) if node.cut in ("grad_off", "inference")), None)
+    behind = live_leaves(node) if node is not None else set[int]()
     return Candidate(
         cut.slug,
         cut.place,
@@ -100,6 +112,10 @@ def _mode_is_off(context: Context, error: ErrorFacts, roots: Sequence[Node]) -> 
         f"gradients are off at the moment of backward(): {cut.why}",
         confidence=0.98,
         evidence=(*cut.evidence, (place(error.stack), "backward")),
+        parameters=ids,
+        node=node,
+        leaf=next((leaf for leaf in leaves if id(leaf) in behind), None),
+        root=roots[0],
         explains="error",
     )
 
@@ -216,6 +232,9 @@ def _from_escape(
         parameters=ids,
         node=escape.node,
         leaf=leaf,
+        root=roots[0],
+        left=escape.kind.strip("_"),
+        back=source_node,
         explains="error",
     )
 

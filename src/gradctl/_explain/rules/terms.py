@@ -71,7 +71,7 @@ def _same_values(live: Node, dead: Node) -> bool:
 
 def number_in_the_loss(context: Context) -> Iterable[Candidate]:
     """A term of the loss is a plain number that was read from a value with history."""
-    for join, _, times, escapes, _ in context.facts.dead_numbers.values():
+    for join, root, times, escapes, _ in context.facts.dead_numbers.values():
         live = [e for e in escapes if e.live and e.generation == join.generation]
         found = number_escape(join, live) if live else None
         if found is None or found[1] < 0.9:
@@ -92,6 +92,9 @@ def number_in_the_loss(context: Context) -> Iterable[Candidate]:
             parameters=ids,
             node=escape.node,
             leaf=context.facts.parameters[ids[0]].node,
+            root=root,
+            left=escape.kind.strip("_"),
+            back=join,
             explains="wrong",
         )
 

@@ -160,7 +160,7 @@ def _nearest_cut(forced: Node) -> Node:
 def left_as_a_number(context: Context) -> Iterable[Candidate]:
     """A value left as a Python number or an array, and only the number reaches the loss."""
     groups: dict[tuple[str, Site | None], list[_Missing]] = defaultdict(list)
-    chosen: dict[tuple[str, Site | None], tuple[Escape, Site | None]] = {}
+    chosen: dict[tuple[str, Site | None], tuple[Escape, Node | None]] = {}
     for missing in _missing(context):
         if missing.kind != "escape":
             continue
@@ -178,20 +178,22 @@ def left_as_a_number(context: Context) -> Iterable[Candidate]:
             _symptom(group),
             f"{escape_words(escape)[1]} turns the value into plain data here, and only that reaches the loss",
             confidence=0.9 if back else 0.4,
-            evidence=((back, "came back"),),
+            evidence=((place(back.stack), "came back"),) if back else (),
             parameters=tuple(m.key for m in group),
             node=escape.node,
             leaf=group[0].facts.node,
+            left=escape.kind.strip("_"),
+            back=back,
         )
 
 
-def _comes_back(escape: Escape, roots: Sequence[Node]) -> Site | None:
-    """Return where the number of an escape enters a loss again, if names or identity tell."""
+def _comes_back(escape: Escape, roots: Sequence[Node]) -> Node | None:
+    """Return the value at which the number of an escape enters a loss again, if names or identity tell."""
     for node in upstream(roots):
         if (node.scalars or not node.inputs) and node.seq > escape.seq:
             found = number_escape(node, [escape])
             if found is not None and found[1] >= 0.9:
-                return place(node.stack)
+                return node if node.stack else None
     return None
 
 
