@@ -457,6 +457,40 @@ for i in range(10):
     if not torch.isfinite(m.weight.grad).all(): continue
     o.step()
 """,
+    "program_that_skips_now_and_then": """
+m=nn.Linear(4,1)
+o=torch.optim.SGD(m.parameters(),lr=0.1)
+for i in range(40):
+    y=m(torch.randn(8,4))
+    if i in (0,1,2,11,20,21,38,39): y=y*0
+    loss=y.pow(2).sum(-1).sqrt().mean()
+    o.zero_grad()
+    loss.backward()
+    if torch.isfinite(m.weight.grad).all(): o.step()
+""",
+    "loss_scaler_in_a_short_program": """
+m=nn.Linear(4,1)
+o=torch.optim.SGD(m.parameters(),lr=0.1)
+sc=torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=100)
+for i in range(4):
+    loss=(m(torch.randn(8,4))*100).pow(2).mean()
+    o.zero_grad()
+    sc.scale(loss).backward()
+    sc.step(o)
+    sc.update()
+""",
+    "loss_that_was_broken_in_a_stage_of_its_own": """
+m=nn.Linear(4,1)
+o=torch.optim.SGD(m.parameters(),lr=0.1)
+for i in range(30):
+    if i<10:
+        loss=(m(torch.randn(8,4))*(i<6)).pow(2).sum(-1).sqrt().mean()
+    else:
+        loss=m(torch.randn(8,4)).pow(2).mean()
+    o.zero_grad()
+    loss.backward()
+    if torch.isfinite(m.weight.grad).all(): o.step()
+""",
     "infinities_of_an_attention_mask": """
 class M(nn.Module):
     def __init__(s):

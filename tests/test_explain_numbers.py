@@ -156,3 +156,38 @@ for i in range(8):
     assert (first.slug, first.primary and first.primary.line) == ("zero_grad_underflow", line_of(body))
     line = 1 + next(n for n, text in enumerate((HEAD + body.lstrip()).splitlines()) if "# cast" in text)
     assert [(span.line, span.role) for span in first.evidence] == [(line, "where the value became float16")]
+
+
+SKIPS = """
+m=nn.Linear(4,1)
+d=nn.Linear(4,1) if {other} else nn.Identity()
+o=torch.optim.SGD([*m.parameters(), *d.parameters()], lr=0.1)
+for i in range(40):
+    y=m(torch.randn(8,4))
+    if i>={since}: y=y*0
+    loss=y.pow(2).sum(-1).sqrt().mean() # cause
+    o.zero_grad()
+    loss.backward()
+    if {other}:
+        other=d(torch.randn(8,4)).pow(2).mean()
+        other.backward()
+    if torch.isfinite(m.weight.grad).all(): o.step()
+"""
+
+
+@pytest.mark.parametrize("since", [30, 37])
+@pytest.mark.parametrize("other", [False, True])
+def test_a_gradient_that_stays_broken_to_the_end_is_told_though_the_program_skips_it(
+    since: int, other: bool, tmp_path: Path
+) -> None:
+    body = SKIPS.format(since=since, other=other)
+    [found] = findings(tmp_path, body)
+    assert (found.slug, found.severity) == ("nan_sqrt", "warning")
+    assert found.primary is not None
+    assert found.primary.line == line_of(body)
+    assert found.symptom.startswith(f"from step {since + 1} on, skipped by the program: ")
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_two_skipped_steps_at_the_end_are_left_alone(other: bool, tmp_path: Path) -> None:
+    assert findings(tmp_path, SKIPS.format(since=38, other=other)) == []

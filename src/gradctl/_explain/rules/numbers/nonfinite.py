@@ -13,6 +13,8 @@ from gradctl._lineage import VIEWS, Flag, Hit, Node, NonfiniteFacts, Site, site,
 
 _AFTER = 14
 _SKIPS = 12
+_PERSISTS = 3
+_BY_SCALE = ("exploded_grad", "nan_overflow", "nonfinite")
 
 
 class _Cause(NamedTuple):
@@ -26,13 +28,14 @@ class _Cause(NamedTuple):
 
 def nonfinite(context: Context) -> Iterable[Candidate]:
     """The first NaN or infinity that reached a gradient, or the loss."""
-    found = context.facts.nonfinite
+    found = _worst(context)
     if found is None:
         return
-    certain = _certainty(context, found)
     cause = _in_the_forward(context, found) if _loss_is_broken(found) else _in_the_backward(context, found)
     if cause is None:
         return
+    certain = _certainty(context, found, cause)
+    skipped = not found.steps and context.error is None and bool(context.facts.optimizers and context.facts.steps)
     loss = "the loss is not finite" if _loss_is_broken(found) else "the loss is finite, and"
     number = count(len(found.leaves), "parameter")
     gradients = f"{number} {'gets' if len(found.leaves) == 1 else 'get'} a gradient of NaN or infinity"
@@ -40,10 +43,12 @@ def nonfinite(context: Context) -> Iterable[Candidate]:
         cause.slug,
         cause.place,
         f"{'from' if found.steps + found.backwards else 'at'} step {found.step + 1}"
-        f"{' on' if found.steps + found.backwards else ''}: {loss}{'; ' if _loss_is_broken(found) else ' '}{gradients}",
+        f"{' on' if found.steps + found.backwards else ''}"
+        f"{', skipped by the program' if skipped else ''}: {loss}{'; ' if _loss_is_broken(found) else ' '}{gradients}",
         cause.why,
         cause.fix,
         confidence=min(cause.confidence, certain),
+        severity="warning" if skipped else "error",
         evidence=_evidence(found, cause),
         parameters=found.leaves or tuple(found.backward.leaves),
         node=cause.node,
@@ -52,15 +57,42 @@ def nonfinite(context: Context) -> Iterable[Candidate]:
     )
 
 
-def _certainty(context: Context, found: NonfiniteFacts) -> float:
+def _certainty(context: Context, found: NonfiniteFacts, cause: _Cause) -> float:
     """Return how sure it is that this is not a loss scaler at work, or a step that the program leaves out itself."""
     if not found.leaves and found.steps:
         return 0.85 if found.backwards >= _SKIPS else 0.7
     if found.steps or not context.facts.optimizers:
         return 1.0
+    if context.error is None and found.run > _SKIPS:
+        return 0.9
+    if context.error is None and found.first and cause.slug in _BY_SCALE and _is_scaled(found):
+        return 0.3  # a scale that begins too high costs some steps
     if context.error is not None or not context.facts.steps:
         return 0.85 if found.backwards >= 2 else 0.6
-    return 0.9 if found.backwards >= _SKIPS else 0.3
+    return 0.8 if found.run >= _PERSISTS and context.finished and _goes_on(context, found) else 0.3
+
+
+def _worst(context: Context) -> NonfiniteFacts | None:
+    """Return the break that steps used, or else the one that has gone on longest."""
+    found = context.facts.nonfinite
+    if found is not None and (found.steps or context.error is not None):
+        return found
+    left = [one for one in (found, *context.facts.withheld.values()) if one is not None]
+    return max(left, key=lambda one: one.run, default=None)
+
+
+def _goes_on(context: Context, found: NonfiniteFacts) -> bool:
+    """Whether the loss was broken to the end, and not just until the program went on without it."""
+    apart = (found.last - found.generation) / max(found.run - 1, 1)
+    return context.facts.generation - 1 - found.last <= 2 * apart
+
+
+def _is_scaled(found: NonfiniteFacts) -> bool:
+    """Whether the loss was multiplied with a plain number at last, as loss scalers do."""
+    root = next(iter(found.backward.roots), None)
+    if root is None or names.operation(root) not in ("mul", "__mul__", "__rmul__", "__imul__", "multiply"):
+        return False
+    return sum(parent.trainable for parent in root.inputs) == 1
 
 
 def _loss_is_broken(found: NonfiniteFacts) -> bool:
