@@ -70,6 +70,7 @@ def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:
 
 def _finding(context: Context, candidate: Candidate) -> Finding:
     from gradctl._explain._fixes import fix_for
+    from gradctl._explain._mend import mend
 
     seen = {candidate.place}
     evidence = []
@@ -83,7 +84,7 @@ def _finding(context: Context, candidate: Candidate) -> Finding:
         severity=candidate.severity,
         symptom=candidate.symptom,
         why=candidate.why,
-        fix=candidate.fix or fix_for(candidate.slug),
+        fix=candidate.fix or mend(candidate) or fix_for(candidate.slug),
         confidence=round(candidate.confidence, 2),
         primary=context.span(candidate.place) if candidate.place is not None else None,
         evidence=tuple(evidence),
