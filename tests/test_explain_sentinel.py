@@ -147,6 +147,36 @@ def test_a_gradient_of_zero_from_some_step_on_is_seen_at_the_end(sentinel: Senti
     assert "zero" in kinds(sentinel.finish(None))
 
 
+def skipping(bad: tuple[int, ...]) -> None:
+    """Train in 40 rounds, some with a gradient of NaN, of which the program makes no step."""
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 4)) * (step not in bad)
+        loss.pow(2).sum(-1).sqrt().mean().backward()
+        assert model.weight.grad is not None
+        if bool(model.weight.grad.isfinite().all()):
+            optimizer.step()
+
+
+@pytest.mark.parametrize("since", [30, 37])
+def test_broken_gradients_that_the_program_skips_to_the_end_are_seen_though_the_model_is_gone(
+    sentinel: Sentinel, since: int
+) -> None:
+    sentinel.install()
+    skipping(tuple(range(since, 40)))
+    [symptom] = [one for one in sentinel.finish(None)["symptoms"] if one["kind"] == "nonfinite"]
+    assert symptom["step"] == since + 1
+    assert f"in the last {40 - since} backwards" in symptom["text"]
+
+
+def test_steps_that_are_skipped_at_the_start_and_now_and_then_are_no_symptom(sentinel: Sentinel) -> None:
+    sentinel.install()
+    skipping((0, 1, 2, 3, 11, 20, 21, 22, 38, 39))
+    assert kinds(sentinel.finish(None)) == set()
+
+
 def test_reading_a_loss_for_the_log_is_no_crumb(sentinel: Sentinel) -> None:
     sentinel.install()
     weight = torch.ones(3, requires_grad=True)

@@ -18,6 +18,7 @@ from gradctl._lineage._numbers import read_numbers
 DENSE = 3
 """Each of the first so many steps is looked at; later ones as far as their share of the time allows."""
 _SHARE = 0.004
+_SOON = 8
 TINY = 1e-18
 _HUGE = 1e30
 _dispatch_off: Any = private.find("disable_dispatch") or contextlib.nullcontext
@@ -39,6 +40,9 @@ class Held:
         lost: for a parameter (by position) that had a gradient before, the step at which it had none.
         zero: for a position, the step since which its gradient is exactly zero (or below 1e-18).
         bad: for a position, the step at which its gradient was first not finite, or beyond 1e30.
+        left_out: how many of the last backwards, without a break, were not finite and cleared without a step.
+        left_bad: the positions of which that was so.
+        pending: whether the backward since then is not finite either.
         uncleared: the first step that used gradients of the step before, still uncleared.
         cleared: the first step before which the gradients of a backward were cleared.
         shared: the first step at which two parameters had the same memory as gradient.
@@ -56,11 +60,15 @@ class Held:
         self.lost: dict[int, int] = {}
         self.zero: dict[int, int] = {}
         self.bad: dict[int, int] = {}
+        self.left_out = 0
+        self.left_bad: set[int] = set()
+        self.pending = False
         self.uncleared: int | None = None
         self.cleared: int | None = None
         self.shared: int | None = None
         self.cleared_at = -1
         self.stepped_at = -1
+        self._unused = 0
         self._ever: list[bool] = []
         self._missing: list[bool] = []
         self._trained: list[bool] = []
@@ -78,6 +86,7 @@ class Held:
             last_backward: that of the last backward; -1 when there was none.
         """
         self.steps += 1
+        self.left_out, self._unused, self.pending = 0, 0, False
         if self.cleared is None and self.cleared_at > last_backward > self.stepped_at:
             self.cleared = self.steps
         fresh = last_backward > self.stepped_at >= self.cleared_at
@@ -93,6 +102,38 @@ class Held:
             self.check(params, fresh=fresh)
             self._spent += time.perf_counter() - now
         self.stepped_at = order
+
+    def clears(self, order: int, last_backward: int) -> None:
+        """Take note that the gradients are about to be cleared; look at what no step has used.
+
+        Args:
+            order: the place of this in the order of events.
+            last_backward: that of the last backward; -1 when there was none.
+        """
+        if self.steps and last_backward > max(self.stepped_at, self.cleared_at):
+            # Once between two steps is common: a gradient that flowed through a discriminator, for one.
+            self._unused += 1
+            now = time.perf_counter()
+            if self._unused > 1 and (self._unused <= _SOON or self._spent <= _SHARE * (now - self._begun)):
+                self.left_out = (self.left_out or 1) + 1 if self._is_bad() else 0
+                self._spent += time.perf_counter() - now
+            elif self.left_out:
+                self.left_out += 1
+        self.pending = False
+        self.cleared_at = order
+
+    def went_back(self) -> None:
+        """After a backward: look whether what was left out goes on."""
+        if self.left_out:
+            self.pending = self._is_bad()
+
+    def _is_bad(self) -> bool:
+        grads = [(place, p.grad) for place, ref in enumerate(self.params) if (p := ref()) is not None]
+        there = [(place, grad) for place, grad in grads if grad is not None]
+        sizes = largest([grad for _, grad in there])
+        bad = {place for (place, _), size in zip(there, sizes, strict=True) if size is not None and not size < _HUGE}
+        self.left_bad = bad or self.left_bad
+        return bool(bad)
 
     def never(self, *, frozen: bool) -> list[int]:
         """Return the positions of what was never given a gradient.

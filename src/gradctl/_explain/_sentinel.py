@@ -27,6 +27,7 @@ from gradctl._names import NameBook
 _WITHOUT_OPTIMIZER = 8
 _EVERY = ((64, 8), (1024, 64))
 _SELDOM = 512
+_LEFT_OUT = 3
 _KEPT = 3
 _SHOWN = 3
 
@@ -183,6 +184,8 @@ class Sentinel:
         if accumulates:
             self._order += 1
             self._last_backward = self._order
+            for held in self._helds.values():
+                held.went_back()
         elif isinstance(out, (tuple, list)) and any(value is None for value in out):
             self._missing_inputs += 1
         if not self._looking:
@@ -228,8 +231,7 @@ class Sentinel:
     def _around_zero_grad(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._off:
-                self._order += 1
-                self._held(optimizer).cleared_at = self._order
+                self._clears([self._held(optimizer)])
             return inner(optimizer, *args, **kwargs)
 
         return zero_grad
@@ -237,12 +239,18 @@ class Sentinel:
     def _around_module_zero_grad(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad(module: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._off:
-                self._order += 1
-                for held in self._helds.values():
-                    held.cleared_at = self._order
+                self._clears(self._helds.values())
             return inner(module, *args, **kwargs)
 
         return zero_grad
+
+    def _clears(self, whose: Iterable[Held]) -> None:
+        self._order += 1
+        try:
+            for held in whose:
+                held.clears(self._order, self._last_backward)
+        except Exception as fault:
+            self._broken(fault)
 
     # ---------------------------------------------------------------------------------------------- names
 
@@ -334,6 +342,9 @@ def _of_optimizer(held: Held) -> list[Symptom]:
     if held.bad:
         step = min(held.bad.values())
         some("nonfinite", held.bad, f"had a gradient that is not finite at step {step}", step)
+    elif (left := held.left_out + held.pending) >= _LEFT_OUT:
+        words = f"had a gradient that is not finite in the last {left} backwards, and the program took no step"
+        some("nonfinite", sorted(held.left_bad), words, held.steps + 1)
     if held.uncleared is not None:
         text = f"step {held.uncleared} used gradients that were never cleared"
         found.append(Symptom("uncleared", text, held.uncleared))
