@@ -203,7 +203,9 @@ def gradctl() -> None:
 @click.option("--out", metavar="DIR", help="The run directory.  [default: gradctl-runs/<script>-<UTC time>[-NAME]]")
 @click.option("--name", metavar="NAME", help="A word for the end of the run directory's name.")
 @click.option("--policy", metavar="FILE", help="The policy file.  [default: found upward from here]")
-@click.option("--watch-steps", metavar="N", type=click.IntRange(min=1), help="Record only the first N steps.")
+@click.option(
+    "--watch-steps", metavar="N", type=click.IntRange(min=1), help="Record only the first N steps, and trace them."
+)
 @click.option(
     "--on-nonfinite",
     type=click.Choice(["continue", "explain", "stop"]),

@@ -32,7 +32,7 @@ class Policy:
         grad: `off` refuses every gradient in the process and its children.
         out: the run directory; None for `gradctl-runs/<script>-<UTC time>[-NAME]`.
         name: a word that ends the name of the run directory.
-        watch_steps: record only the first steps of each optimizer; None for all.
+        watch_steps: record only the first steps of each optimizer, and trace them; None records all and traces none.
         on_nonfinite: what to do at the first NaN or inf gradient, before the update is applied.
         lines: record saved bytes by source line.
         report: draw the report when the script ends.

@@ -7,6 +7,19 @@ from gradctl._explain._sentinel import Sentinel
 from gradctl._explain._step import Examined, examine, explain
 from gradctl._explain._symptoms import Symptom
 from gradctl._explain._tracing import Tracing
-from gradctl._explain._watch import Watch, check, watch
+from gradctl._explain._watch import Watch, check, script, watch, watched
 
-__all__ = ["Examined", "Sentinel", "Symptom", "Tracing", "Watch", "check", "examine", "explain", "largest", "watch"]
+__all__ = [
+    "Examined",
+    "Sentinel",
+    "Symptom",
+    "Tracing",
+    "Watch",
+    "check",
+    "examine",
+    "explain",
+    "largest",
+    "script",
+    "watch",
+    "watched",
+]

@@ -45,6 +45,7 @@ class Tracing:
         symptoms: what is to be explained, each with `kind`, `text`, `step` and `parameters`.
         on_done: called from within an optimizer step when `steps` is reached, or when the symptoms are explained and
             further steps change nothing.
+        gives_way: where given, a trace that the program begins itself ends this one, and this is called.
 
     Attributes:
         faults: why the tracer switched itself off, if it did.
@@ -60,7 +61,9 @@ class Tracing:
         notes: bool = False,
         symptoms: Sequence[Mapping[str, Any]] = (),
         on_done: Callable[[], None] | None = None,
+        gives_way: Callable[[], None] | None = None,
     ) -> None:
+        self._gives_way = gives_way
         self._limit = steps
         self._at_step = at_step
         self._notes = notes
@@ -103,6 +106,10 @@ class Tracing:
         global _current
         if self._running:
             return
+        if _current is not None and _current._gives_way is not None:
+            ousted = _current._gives_way
+            _current.stop()
+            ousted()
         if _current is not None:
             raise UsageError(
                 "this process is being traced already",

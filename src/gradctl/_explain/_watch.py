@@ -142,20 +142,31 @@ class Watch:
             return
         self._ended = True
         atexit.unregister(self._at_exit)
-        try:
-            if error is None and self._optimizer is not None:
-                tracing.ask(self._optimizer)
-            found = tracing.findings(error)
-        finally:
-            tracing.stop()
-        steps = tracing.steps
-        remarks = [f"the tracer switched itself off: {fault}" for fault in tracing.faults]
-        if not steps and error is None:
-            remarks.append("no optimizer has made a step while it was watched")
-        subject = f"{steps} {'step' if steps == 1 else 'steps'}"
-        self.findings = Findings(found, remarks=remarks, folder=tracing.context.folder, subject=subject)
+        self.findings = watched(tracing, error, self._optimizer)
         if not self._quiet and sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison]
             print(f"gradctl: {self.findings}", file=sys.stderr)
+
+
+def watched(tracing: Tracing, error: BaseException | None, optimizer: Optimizer | None = None) -> Findings:
+    """End a trace and return what it has found, with what a reader must know besides.
+
+    Args:
+        tracing: the trace; it is stopped whatever happens.
+        error: what ended the watched steps, or None.
+        optimizer: what it holds is asked for a gradient even if it has never stepped.
+    """
+    try:
+        if error is None and optimizer is not None:
+            tracing.ask(optimizer)
+        found = tracing.findings(error)
+    finally:
+        tracing.stop()
+    steps = tracing.steps
+    remarks = [f"the tracer switched itself off: {fault}" for fault in tracing.faults]
+    if not steps and error is None:
+        remarks.append("no optimizer has made a step while it was watched")
+    subject = f"{steps} {'step' if steps == 1 else 'steps'}"
+    return Findings(found, remarks=remarks, folder=tracing.context.folder, subject=subject)
 
 
 def check(model: object, optimizer: object) -> None:

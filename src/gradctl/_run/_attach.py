@@ -15,6 +15,7 @@ from gradctl import __version__, _journal, _taps
 from gradctl._run import _at_exit, _exit_status, _traced, _unseen
 from gradctl._run._nonfinite import explainer
 from gradctl._run._process import ProcessJournal
+from gradctl._run._watched import watcher
 
 
 class Listening:
@@ -44,7 +45,21 @@ class Listening:
             watch_steps=settings["watch_steps"],
             lines=settings["lines"],
         )
-        self._explainer = explainer(settings["on_nonfinite"], self.journal, settings["script"], self._say)
+        self._watcher = (
+            watcher(
+                settings["watch_steps"],
+                self.journal,
+                _traced.script(),
+                self._say,
+                grad=settings["grad"],
+                rank=settings["rank"],
+            )
+            if self.is_main
+            else None
+        )
+        # What is watched is traced from the beginning, a gradient that is not finite with the rest.
+        policy = settings["on_nonfinite"] if self._watcher is None else "continue"
+        self._explainer = explainer(policy, self.journal, settings["script"], self._say)
         if self._explainer is not None:
             self.journal.on_event = self._explainer.heard
         self._ended = False
@@ -62,6 +77,8 @@ class Listening:
         os.register_at_fork(after_in_child=self._forked)
         _taps.os_exit.subscribe(self._around_os_exit, order="measure")
         _unseen.listen(self.journal)
+        if self._watcher is not None:
+            self._watcher.begin()
 
     def end(self, how: str, code: int | None) -> None:
         """Write the end record; only once, and not in a child that has recorded nothing."""
@@ -71,6 +88,8 @@ class Listening:
         self.recorder.settle()
         if self._explainer is not None:
             self._explainer.stop()
+        if self._watcher is not None:
+            self._watcher.end(_exit_status.last_error())
         if self.is_main or self.journal.started:
             self.recorder.finish(how, code=code, exc=_exit_status.exception())
             self.journal.close()
@@ -99,6 +118,8 @@ class Listening:
         self._ended = False
         if self._explainer is not None:
             self._explainer.drop()
+        if self._watcher is not None:
+            self._watcher.drop()
         self.journal.forget()
         self.recorder.after_fork_in_child()
         self.journal.forget()

@@ -24,6 +24,7 @@ from gradctl._run import _at_exit, _directory, _launcher, _unseen
 from gradctl._run._nonfinite import NonfiniteExplainer, explainer
 from gradctl._run._process import ProcessJournal
 from gradctl._run._redact import redact
+from gradctl._run._watched import StepWatcher, watcher
 
 _current: Recording | None = None
 
@@ -54,7 +55,8 @@ def record(
         name: a word that ends the name of the run directory.
         report: write `report.html` when the recording stops.
         quiet: do not say on stderr where the report is.
-        watch_steps: record only the first steps of each optimizer.
+        watch_steps: record only the first steps of each optimizer, and trace them: what is wrong with their gradients
+            goes to stderr with its line.
         on_nonfinite: `stop` raises `NonFiniteGradient` before a NaN or inf gradient is applied; `explain` traces the
             steps after the first one and says which line makes it, if it comes again.
         lines: record saved bytes by source line.
@@ -137,6 +139,7 @@ class Recording:
         self._handles: list[Any] = []
         self._switch: Any = None
         self._explainer: NonfiniteExplainer | None = None
+        self._watcher: StepWatcher | None = None
 
     @property
     def journal(self) -> Journal:
@@ -209,6 +212,8 @@ class Recording:
         self._recorder.settle()
         if self._explainer is not None:
             self._explainer.stop()
+        if self._watcher is not None:
+            self._watcher.end(error)
         if is_child and not self._writer.started:
             self._writer.discard()  # a forked child that has recorded nothing leaves no file
         from gradctl._run import _exit_status
@@ -260,6 +265,8 @@ class Recording:
     def _forked(self) -> None:
         if self._explainer is not None:
             self._explainer.drop()
+        if self._watcher is not None:
+            self._watcher.drop()
         self._writer.forget()
         self._recorder.after_fork_in_child()
 
@@ -294,8 +301,15 @@ def _begin(policy: Policy) -> Recording:
         lines=policy.lines,
     )
     recording = Recording(journal, recorder, policy, joined=False)
+
+    def say(text: str) -> None:
+        if not policy.quiet:
+            _at_exit.say(text)
+
+    recording._watcher = watcher(policy.watch_steps, journal, None, say, grad=policy.grad, rank=rank.rank)
+    # What is watched is traced from the beginning, a gradient that is not finite with the rest.
     recording._explainer = explainer(
-        policy.on_nonfinite, journal, script, lambda text: None if policy.quiet else _at_exit.say(text)
+        policy.on_nonfinite if recording._watcher is None else "continue", journal, script, say
     )
     if recording._explainer is not None:
         journal.on_event = recording._explainer.heard
@@ -310,21 +324,24 @@ def _begin(policy: Policy) -> Recording:
         _unseen.listen(journal),
     ]
     atexit.register(recording._at_exit)
-    _follow_forks(recording)
+    _recordings.add(recording)
+    if recording._watcher is not None:
+        recording._watcher.begin()
     return recording
 
 
-def _follow_forks(recording: Recording) -> None:
-    # A fork hook cannot be taken back: it holds nothing, and does nothing once the recording is gone or stopped.
-    reference = weakref.ref(recording)
+_recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
 
-    def forked() -> None:
-        found = reference()
-        if found is not None and found._running:
-            found._forked()
 
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=forked)
+def _forked() -> None:
+    for recording in tuple(_recordings):
+        if recording._running:
+            recording._forked()
+
+
+# A fork handler cannot be taken back: one for all recordings of this process.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _script() -> str:

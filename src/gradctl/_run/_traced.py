@@ -99,7 +99,7 @@ class Explaining:
         self._faults: list[str] = []
         self._ended = False
         self._temporary: list[str] = []
-        self._script = _script()
+        self._script = script()
 
     def begin(self) -> None:
         """Begin to watch; what fails is left in the result, and the script goes on."""
@@ -197,7 +197,7 @@ def main_process_ends(settings: dict[str, Any], status: tuple[Any, ...] | None) 
     """Leave a result where the script has never imported torch, or could not be watched."""
     if _explaining is None:
         error = _exit_status.last_error()
-        write(settings["explain"]["result"], how="exit", code=_exit_status.code(status), error=error, script=_script())
+        write(settings["explain"]["result"], how="exit", code=_exit_status.code(status), error=error, script=script())
         _exit_status.keep_interrupt()
 
 
@@ -253,7 +253,8 @@ def _is_about_gradients(error: BaseException) -> bool:
         return False  # the script's own class, which cannot say what it is
 
 
-def _script() -> str | None:
+def script() -> str | None:
+    """Return the absolute path of the file that runs as `__main__`; None where it is no file."""
     file = getattr(sys.modules.get("__main__"), "__file__", None)
     return os.path.abspath(file) if isinstance(file, str) and not file.startswith("<") else None
 
