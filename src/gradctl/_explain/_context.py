@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, field
 
@@ -144,8 +145,13 @@ class Context:
         return next((key for key, facts in self.facts.parameters.items() if facts.node is node), None)
 
     def span(self, place: Site, role: str = "") -> Span:
-        """Return a place as findings write it: relative to the script's folder where it lies below it."""
+        """Return a place as findings write it: relative to the script's folder where it lies below it.
+
+        A line that is told as the library's begins with the name of the package.
+        """
         path = os.path.abspath(place.file) if not place.file.startswith("<") else place.file
+        if role == "library":
+            return Span(re.split(r"(?:site|dist)-packages[/\\]", path)[-1], place.line, role)
         folder = self.folder.rstrip(os.sep) + os.sep if self.folder else ""
         return Span(path[len(folder) :] if folder and path.startswith(folder) else path, place.line, role)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import linecache
+import os
+import re
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import NamedTuple
 
 from gradctl._explain._context import place
 from gradctl._lineage import CASTS, COMPARISONS, Node, Region, Site, Stack, site
+
+_PACKAGES = r"(?:site|dist)-packages[/\\]"
 
 
 class Cut(NamedTuple):
@@ -119,7 +123,20 @@ def in_region(region: Region, what: str, where: Site | None) -> Cut:
         return Cut(
             "grad_mode_left_off", entry, f"gradients were switched off here and never on again; {what} ran then", ran
         )
+    if region.within is not None:
+        return Cut(
+            slug, entry, f"{_library(region.within)} runs without gradients", (_inside(region.within), *ran), 0.5
+        )
     return Cut(slug, entry, f"{mode} was entered here, and {what} ran in it", ran, 0.5)
+
+
+def _library(entry: tuple[CodeType, int]) -> str:
+    """Return "generate() of transformers" for a line of an installed package."""
+    return f"{entry[0].co_name}() of {re.split(_PACKAGES, entry[0].co_filename)[-1].split(os.sep)[0]}"
+
+
+def _inside(entry: tuple[CodeType, int]) -> tuple[Site, str]:
+    return (site(entry) if entry[1] >= 0 else decorator_line(entry[0])), "library"
 
 
 def is_with_block(entry: Site | None) -> bool:

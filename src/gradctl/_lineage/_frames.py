@@ -47,6 +47,7 @@ class Frames:
 
     def __init__(self, into: Sequence[str] = (), script: str | None = None) -> None:
         self._known: dict[str, bool] = {}
+        self._packages: dict[str, bool] = {}
         self._folders = tuple(_folder_of(package) for package in into)
         if script is not None:
             self._folders = (*self._folders, os.path.dirname(os.path.realpath(script)) + os.sep)
@@ -67,6 +68,16 @@ class Frames:
         if path.startswith(_NOT_USER):
             return path.startswith(self._folders) and "site-packages" in path
         return True
+
+    def is_package(self, filename: str) -> bool:
+        """Whether code of that file belongs to an installed package other than torch and gradctl."""
+        found = self._packages.get(filename)
+        if found is None:
+            inside = "site-packages" in filename or "dist-packages" in filename
+            torch = f"{os.sep}torch{os.sep}" in filename
+            found = inside and not torch and not filename.startswith(_OURS) and not self.is_user(filename)
+            self._packages[filename] = found
+        return found
 
     def stack(self, depth: int = _DEPTH, frame: FrameType | None = None) -> Stack:
         """Return the user's frames from `frame` (by default the caller) outward, innermost first."""

@@ -295,7 +295,7 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
     frame: Any = inspect.currentframe()
     frame = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
     leaving = False
-    decorated = library = None
+    decorated = library = within = None
     for _ in range(16):
         if frame is None:
             break
@@ -309,6 +309,10 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
             code = getattr(inspect.unwrap(frame.f_locals["func"]), "__code__", None)
             if code is not None and tracer.frames.is_user(code.co_filename):
                 decorated = code
+            elif code is not None and within is None and tracer.frames.is_package(code.co_filename):
+                within = (code, -1)
+        elif within is None and tracer.frames.is_package(name):
+            within = (frame.f_code, frame.f_lasti)
         if "/distributions/" in name:
             library = "sample"
         elif name.endswith("utils/checkpoint.py"):
@@ -325,7 +329,7 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
             region = Region("no_grad", stack or state.started)
             # A thread's own start (the initializer of a pool) switched it off: for all that the thread will run.
             region.left_on = not stack and bool(state.started)
-            region.decorated, region.library = decorated, library
+            region.decorated, region.library, region.within = decorated, library, within if stack else None
             region.frame = (id(frame), id(frame.f_code) if frame is not None else 0)
             region.generator = frame is not None and bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
         state.off.append(region)
@@ -435,11 +439,7 @@ def _grad_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         return
     known = tracer.map.get(value)
     put_back = known if before is value and known is not None and known.op == "grad" and known.scalars else None
-    if (
-        put_back is not None
-        and put_back.scalars[0] != value._version
-        and put_back.generation < tracer.facts.generation
-    ):
+    if put_back is not None and put_back.scalars[0] != value._version and put_back.generation < tracer.facts.generation:
         tracer.reused("put back", put_back, "grad.__set__", stack, id(tensor))
     frame = _caller()
     user = frame is not None and tracer.frames.is_user(frame.f_code.co_filename)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from types import CodeType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -25,6 +26,8 @@ class Region:
         kind: "no_grad", "inference", or the name of a custom Function whose forward runs with gradients off.
         stack: user frames at the entry.
         decorated: the decorated function's code, if a decorator entered it.
+        within: the innermost line of an installed package (not torch's) that entered it, or whose decorator did, as an
+            entry of a stack; None where the user's own code did.
         library: what of torch entered it: "sample" (a distribution), "checkpoint", "optimizer", "function", or None.
         frame: id of the user frame that entered it and of its code; the frame may be gone.
         generator: whether that frame belongs to a generator.
@@ -36,6 +39,7 @@ class Region:
 
     __slots__ = (
         "decorated", "frame", "generator", "kind", "left_on", "library", "open", "resumed", "stack", "still_open",
+        "within",
     )  # fmt: skip
 
     def __init__(self, kind: str, stack: Stack) -> None:
@@ -43,6 +47,7 @@ class Region:
         self.stack = stack
         self.decorated: Any = None
         self.library: str | None = None
+        self.within: tuple[CodeType, int] | None = None
         self.frame: tuple[int, int] = (0, 0)
         self.still_open = False
         self.left_on = False

@@ -337,10 +337,14 @@ def _inference_region(frames: Frames) -> Region:
     if frames.is_user(frame.f_code.co_filename):
         return region
     region.library = "library"
+    if frames.is_package(frame.f_code.co_filename):
+        region.within = (frame.f_code, frame.f_lasti)
     if frame.f_code.co_name in ("decorate_context", "generator_context"):
         code = getattr(inspect.unwrap(frame.f_locals.get("func", region)), "__code__", None)
         if code is not None and frames.is_user(code.co_filename):
             region.decorated, region.library = code, None
+        elif code is not None and frames.is_package(code.co_filename):
+            region.within = (code, -1)
     return region
 
 
