@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gradctl._explain._context import THRESHOLD, Candidate, Context
+from gradctl._explain._harmless import harmless
 from gradctl._explain._path import path_line
 from gradctl._explain.rules import every_rule
 from gradctl._results import Finding
@@ -20,14 +23,27 @@ def diagnose(context: Context, *, notes: bool = False) -> list[Finding]:
     with context.looking():
         candidates = _candidates(context)
         kept = _without_lesser(candidates)
-        shown = [
-            c for c in kept if notes or (c.confidence >= THRESHOLD and c.severity != "note" and c.place is not None)
-        ]
-        shown.sort(key=lambda c: (c.severity == "note", -c.confidence, _FIRST.index(c.explains)))
+        shown = [c for c in kept if _is_sure(c)]
+        if notes:
+            shown += [replace(c, severity="note") for c in kept if not _is_sure(c)]
+            shown += harmless(context, shown)
+        ended = any(c.explains == "error" and c.confidence >= THRESHOLD for c in shown)
+        shown.sort(
+            key=lambda c: (
+                c.severity == "note",
+                ended and c.explains != "error",
+                -c.confidence,
+                _FIRST.index(c.explains),
+            )
+        )
         context.name_all(
             {key for c in shown for key in c.parameters} | {k for c in shown for k in context.ids_on_path(c)}
         )
         return [_finding(context, c) for c in shown]
+
+
+def _is_sure(candidate: Candidate) -> bool:
+    return candidate.confidence >= THRESHOLD and candidate.severity != "note" and candidate.place is not None
 
 
 def _candidates(context: Context) -> list[Candidate]:
@@ -41,6 +57,12 @@ def _candidates(context: Context) -> list[Candidate]:
     return found
 
 
+def _is_beside(candidate: Candidate, error: Candidate) -> bool:
+    """Whether what loses a gradient without an error concerns other parameters than the error does."""
+    mine = set(candidate.parameters)
+    return bool(mine) and mine.isdisjoint(error.parameters) and (bool(error.parameters) or error.node is not None)
+
+
 def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:
     """Drop candidates whose parameters and symptom a more certain one explains already, and doubles."""
     if any(c.explains == "error" and c.confidence >= THRESHOLD for c in candidates):
@@ -49,7 +71,10 @@ def _without_lesser(candidates: list[Candidate]) -> list[Candidate]:
         candidates = [best] + [
             c
             for c in candidates
-            if c is not best and c.explains not in ("error", "none", "zero") and c.place != best.place
+            if c is not best
+            and c.explains != "error"
+            and c.place != best.place
+            and (c.explains not in ("none", "zero") or _is_beside(c, best))
         ]
     kept: list[Candidate] = []
     explained: set[int] = set()

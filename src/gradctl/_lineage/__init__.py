@@ -7,6 +7,7 @@ tensor alive, replaces no result and never raises into the program.
 from __future__ import annotations
 
 from gradctl._lineage._backward import Graph
+from gradctl._lineage._breaks import Break, note_breaks
 from gradctl._lineage._facts import (
     BackwardFacts,
     ErrorFacts,
@@ -53,6 +54,7 @@ __all__ = [
     "NODE",
     "VIEWS",
     "BackwardFacts",
+    "Break",
     "ErrorFacts",
     "Escape",
     "Facts",
@@ -87,6 +89,7 @@ __all__ = [
     "grad_fn_of",
     "let_workers_finish",
     "live_leaves",
+    "note_breaks",
     "path",
     "site",
     "sites",

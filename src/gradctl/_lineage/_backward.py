@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from gradctl._lineage._breaks import GENERATIONS, note_breaks
 from gradctl._lineage._edits import watch_edits
 from gradctl._lineage._facts import BackwardFacts, DeadTerm, ErrorFacts
 from gradctl._lineage._kept import find_kept
@@ -213,6 +214,11 @@ class _Call:
                 self._sum(root)
             self._derivatives()
             self._partial()
+            if facts.generation < GENERATIONS:
+                made = tracer.log.get(facts.generation, ())
+                note_breaks(
+                    facts.breaks, made, [e for e in facts.escapes if e.generation == facts.generation], mine.roots
+                )
             self.probe.read(leaves)
             facts.step_at.append(facts.steps)
             facts.generation += 1

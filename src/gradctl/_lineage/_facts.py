@@ -511,6 +511,7 @@ class Facts:
     dead_numbers: dict[Any, Any] = field(default_factory=dict)
     lost_derivatives: dict[Any, Any] = field(default_factory=dict)
     partial_cuts: dict[Any, Any] = field(default_factory=dict)
+    breaks: dict[Any, Any] = field(default_factory=dict)
     constants: dict[Any, Any] = field(default_factory=dict)
     data_edits: dict[Any, Any] = field(default_factory=dict)
     kept: dict[Any, Kept] = field(default_factory=dict[Any, Kept])
