@@ -21,6 +21,12 @@ from gradctl._explain import Sentinel, Tracing
 from starting import environment
 
 
+@pytest.fixture(autouse=True)
+def no_optimizers_of_other_tests() -> None:
+    """A trace waits for the optimizers that it finds alive."""
+    gc.collect()
+
+
 def net() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3))
 

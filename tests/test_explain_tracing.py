@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,12 @@ from torch import nn
 from gradctl import Finding
 from gradctl._explain import Tracing
 from gradctl._explain._symptoms import Symptom, explained
+
+
+@pytest.fixture(autouse=True)
+def no_optimizers_of_other_tests() -> None:
+    """A trace waits for the optimizers that it finds alive."""
+    gc.collect()
 
 
 def steps_until_done(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -34,6 +35,12 @@ for step in range(6):
     print(f"{step} {loss.item():.17g} {torch._C._len_torch_function_stack()}")
 """
 LINE = 1 + PROGRAM.splitlines().index("    hidden = hidden.tanh()CUT")
+
+
+@pytest.fixture(autouse=True)
+def no_optimizers_of_other_tests() -> None:
+    """A trace waits for the optimizers that it finds alive."""
+    gc.collect()
 
 
 def program(folder: Path, *, cut: str = "", error: str = "") -> Path:
