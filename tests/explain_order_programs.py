@@ -408,10 +408,11 @@ def main():
     def step(p):
         optimizers[p].step()
         optimizers[p].zero_grad()
-    for p in model.parameters():
-        p.register_post_accumulate_grad_hook(step)
+    hooks = [p.register_post_accumulate_grad_hook(step) for p in model.parameters()]
     for _ in range(6):
         loss_of(model).backward()
+    for hook in hooks:
+        hook.remove()
 main()
 """,
     "norms_of_live_gradients": """

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
-from gradctl._explain._tracing import Tracing
+import explained
 from gradctl._lineage import _frames
 from gradctl._results import Finding
 
@@ -36,25 +35,11 @@ x, y = torch.randn(4, 3), torch.randn(4, 1)
 
 
 def findings(folder: Path, body: str, *, notes: bool = False) -> list[Finding]:
-    script = folder / "program.py"
-    script.write_text(HEAD + body)
-    tracing = Tracing(script=str(script), notes=notes)
-    tracing.start()
-    error: Exception | None = None
-    try:
-        try:
-            runpy.run_path(str(script), run_name="__main__")
-        except Exception as raised:
-            error = raised
-        found = tracing.findings(error)
-    finally:
-        tracing.stop()
-    assert tracing.faults == []
-    return found
+    return explained.findings(folder, HEAD + body, notes=notes, may_raise=True)
 
 
 def line_of(body: str, mark: str) -> int:
-    return 1 + next(n for n, line in enumerate((HEAD + body).splitlines()) if line.endswith(f"# {mark}"))
+    return explained.line_of(HEAD + body, mark)
 
 
 ALL = ("body.bias", "body.weight", "head.bias", "head.weight")

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import pytest
 
+import explained
 from explain_order_programs import BROKEN, HEAD, HEALTHY
-from gradctl._explain._tracing import Tracing
 from gradctl._results import Finding
 
 
 def findings(tmp_path: Path, body: str) -> list[Finding]:
-    script = tmp_path / "program.py"
-    script.write_text(HEAD + body.lstrip("\n"))
-    tracing = Tracing(script=str(script))
-    tracing.start()
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-        found = tracing.findings()
-    finally:
-        tracing.stop()
-    assert tracing.faults == []
-    return found
+    return explained.findings(tmp_path, HEAD + body.lstrip("\n"))
 
 
 def line_of(body: str) -> int:
-    lines = (HEAD + body.lstrip("\n")).splitlines()
-    return 1 + next(number for number, line in enumerate(lines) if "# cause" in line)
+    return explained.line_of(HEAD + body.lstrip("\n"))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
