@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+
+import pytest
 
 # Before torch is loaded. Small models gain nothing from more threads, and two workers share the machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +31,9 @@ pytest_plugins = ["pytester"]
 settings.register_profile("gradctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("gradctl"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "gradctl")
+
+
+@pytest.fixture
+def no_optimizers_of_other_tests() -> None:
+    """Collect what earlier tests left: traces wait for optimizers that they find alive, and recordings number them."""
+    gc.collect()

@@ -542,10 +542,9 @@ def test_a_signal_ends_both_and_leaves_nothing(
         [*EXPLAIN, "train.py"], cwd=home, env=settings(home), start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    deadline = time.monotonic() + 100
-    while not (home / "waits").exists() or not (home / "waits").read_text():
+    waits = home / "waits"
+    while not waits.exists() or not waits.read_text():  # the test's own time-out ends it
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
         time.sleep(0.05)
     send(process.pid, signum)
     out, err = process.communicate(timeout=60)

@@ -38,9 +38,6 @@ class Net(nn.Module):
         return {"loss": loss.detach() if self.fails else loss, "logits": logits}
 
 
-# Whole trainings by other frameworks in this process: `make test-all` runs them.
-pytestmark = pytest.mark.slow
-
 DATA = [{"x": torch.randn(4), "labels": torch.tensor(i % 2)} for i in range(24)]
 
 

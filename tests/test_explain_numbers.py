@@ -78,7 +78,7 @@ def test_looking_at_numbers_leaves_gradients_bitwise_equal() -> None:
 
 def test_a_checkpoint_that_may_be_unpacked_once_still_runs(tmp_path: Path) -> None:
     body = HEALTHY["checkpoint_with_an_edit_through_data"].replace("-100,100", "-0.1,0.1")
-    findings(tmp_path, body)
+    assert findings(tmp_path, body) == []
 
 
 def test_the_step_is_named_at_which_it_began(tmp_path: Path) -> None:

@@ -20,11 +20,7 @@ import gradctl
 from gradctl._explain import Sentinel, Tracing
 from starting import environment
 
-
-@pytest.fixture(autouse=True)
-def no_optimizers_of_other_tests() -> None:
-    """A trace waits for the optimizers that it finds alive."""
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("no_optimizers_of_other_tests")
 
 
 def net() -> nn.Module:
@@ -345,7 +341,10 @@ with gradctl.watch(quiet=True) as seen:
 assert all(torch.equal(a, b) for a, b in zip(plain, traced, strict=True))
 assert seen.faults == []
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True, timeout=100)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_a_compiled_program_runs_eagerly_while_it_is_traced_and_compiled_afterwards(tmp_path: Path) -> None:
@@ -365,7 +364,10 @@ assert not compiled and seen.findings == [] and not seen.faults, (compiled, seen
 fast(x).sum().backward()
 assert compiled
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True, timeout=100)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_the_findings_of_a_program_that_dies_while_it_is_watched_come_after_its_traceback(tmp_path: Path) -> None:

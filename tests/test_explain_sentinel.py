@@ -249,7 +249,10 @@ assert torch._dynamo.utils.counters["graph_break"] == {}
 said = sentinel.finish(None)
 assert said["symptoms"] == [] and said["faults"] == [], said
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(), check=True, timeout=100)
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=100
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_torchscript_and_transforms_work_while_it_watches(sentinel: Sentinel) -> None:

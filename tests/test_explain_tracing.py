@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -14,11 +13,7 @@ from gradctl import Finding
 from gradctl._explain import Tracing
 from gradctl._explain._symptoms import Symptom, explained
 
-
-@pytest.fixture(autouse=True)
-def no_optimizers_of_other_tests() -> None:
-    """A trace waits for the optimizers that it finds alive."""
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("no_optimizers_of_other_tests")
 
 
 def steps_until_done(

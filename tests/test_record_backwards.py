@@ -17,6 +17,8 @@ from gradctl._errors import NonFiniteGradient
 from gradctl._journal import Run
 from trainings import batches, mlp, train_mlp
 
+pytestmark = pytest.mark.usefixtures("no_optimizers_of_other_tests")
+
 
 def by_hand(steps: int, *, bad_at: int | None = None, bad_gradient_at: int | None = None) -> list[float]:
     """A loop that updates its weight itself; returns the norm of the gradient of each step."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 import gradctl
 from gradctl import _taps
 from starting import GRADCTL, environment, launch
+
+pytestmark = pytest.mark.usefixtures("no_optimizers_of_other_tests")
 
 PROGRAM = """
 import torch
@@ -35,12 +36,6 @@ for step in range(6):
     print(f"{step} {loss.item():.17g} {torch._C._len_torch_function_stack()}")
 """
 LINE = 1 + PROGRAM.splitlines().index("    hidden = hidden.tanh()CUT")
-
-
-@pytest.fixture(autouse=True)
-def no_optimizers_of_other_tests() -> None:
-    """A trace waits for the optimizers that it finds alive."""
-    gc.collect()
 
 
 def program(folder: Path, *, cut: str = "", error: str = "") -> Path:
