@@ -113,9 +113,7 @@ library_open = AttributeTap("library_open", _at("ctypes:CDLL.__init__"))
 os_exit = AttributeTap("os_exit", _at("os:_exit"))
 process_start = AttributeTap("process_start", _at("multiprocessing.process:BaseProcess.start"))
 ddp_created = AttributeTap("ddp_created", _at("torch.nn.parallel:DistributedDataParallel.__init__"))
-group_destroyed = AttributeTap(
-    "group_destroyed", _if_there("torch.distributed.distributed_c10d:destroy_process_group")
-)
+group_destroyed = AttributeTap("group_destroyed", _if_there("torch.distributed.distributed_c10d:destroy_process_group"))
 popen = AttributeTap("popen", _at("subprocess:Popen.__init__"))
 
 ALL = (
