@@ -16,17 +16,25 @@ import gradctl
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {
-    "BackwardRefused", "BadJournal", "BrokenGradients", "GradctlError", "NonFiniteGradient", "RunDirectoryError",
-    "SwitchFailed", "TornStep", "UnknownPolicyKey", "UsageError",
+    "BackwardRefused", "BadJournal", "BadVjp", "BrokenGradients", "FreezeRefused", "GradctlError",
+    "NoSecondDerivative", "NonFiniteGradient", "NotPerSample", "PatternMatchesNothing", "PrecisionRefused",
+    "RunDirectoryError", "SwitchFailed", "TornStep", "UnfinishedStep", "UnknownPolicyKey", "UsageError", "WrongGradient",
 }  # fmt: skip
 VALUES = {"Finding", "Findings", "Journal"}
 WARNINGS = {"TornStepWarning"}
 VERBS = {"explain", "off", "is_off", "record", "watch"}
+CALLS = {
+    "backward_with", "check", "clip", "custom_vjp", "freeze", "ggnvp", "gradient_noise_scale", "gradient_penalty",
+    "hessian_diagonal", "hvp", "jacobian", "jvp", "per_sample_grads", "per_sample_norms", "precision", "replace",
+    "reverse", "scale", "sharpness", "stop", "straight_through", "trainable", "unfreeze", "unfreeze_by_step",
+    "unrolled", "vjp",
+}  # fmt: skip
+OBJECTS = {"GGNOperator", "HessianOperator", "JacobianOperator", "Step"}
 MODULES = {"callbacks", "testing"}
 
 
 def test_public_names_are_frozen_and_sorted() -> None:
-    assert set(gradctl.__all__) == ERRORS | VALUES | VERBS | WARNINGS | MODULES | {"__version__"}
+    assert set(gradctl.__all__) == ERRORS | VALUES | VERBS | CALLS | OBJECTS | WARNINGS | MODULES | {"__version__"}
     assert gradctl.__all__ == sorted(gradctl.__all__)
     assert dir(gradctl) == gradctl.__all__
 
@@ -101,7 +109,7 @@ def test_asking_whether_gradients_are_off_loads_no_torch() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
     for name in set(gradctl.__all__) - {"__version__"}:
         assert re.search(rf"`(gradctl\.)?{name}\b", pages), f"{name} is on no page of docs/"
 

@@ -6,7 +6,15 @@ GradctlError (RuntimeError)          everything that gradctl raises on purpose
   SwitchFailed                       the process-wide switch could not be turned
   TornStep                           a step's forward overlapped a turn of the switch (strict mode)
   NonFiniteGradient                  a NaN or inf gradient, stopped before the update (on request)
+  WrongGradient                      a derivative that is not the derivative of what was computed
+    BadVjp                           a backward of the caller's that returns the wrong count, shape, dtype or device
+  NoSecondDerivative                 an operation on the way has no derivative of its backward
+  NotPerSample                       the samples of a batch are not independent, so that no gradient belongs to one
   UsageError (also ValueError)       the caller's mistake; the command line exits with 2
+    PatternMatchesNothing            a pattern of parameter names that no parameter has
+    FreezeRefused                    freezing that would not hold, or would break another wrapper
+    PrecisionRefused                 a precision that these parameters, this device or this optimizer cannot have
+    UnfinishedStep                   a step asked for, or left, while its microbatches are not all there
     UnknownPolicyKey                 a key of the policy file that gradctl does not know
     RunDirectoryError                a run directory that cannot be made, or holds no run
     BadJournal                       a file that is not a journal
@@ -73,8 +81,40 @@ class NonFiniteGradient(GradctlError):
     """A gradient is NaN or inf; raised before the update is applied, when asked for."""
 
 
+class WrongGradient(GradctlError):
+    """A derivative that is not the derivative of what was computed."""
+
+
+class BadVjp(WrongGradient):
+    """A backward of the caller's that returns the wrong count, shape, dtype or device; names the argument."""
+
+
+class NoSecondDerivative(GradctlError):
+    """An operation on the way has no derivative of its backward; names the operation and what to use instead."""
+
+
+class NotPerSample(GradctlError):
+    """The samples of a batch are not independent, so that no gradient belongs to one of them; names the module."""
+
+
 class UsageError(GradctlError, ValueError):
     """The caller's mistake."""
+
+
+class PatternMatchesNothing(UsageError):
+    """A pattern of parameter names that no parameter has; lists near matches."""
+
+
+class FreezeRefused(UsageError):
+    """Freezing that would not hold, or that would break another wrapper; nothing was changed."""
+
+
+class PrecisionRefused(UsageError):
+    """A precision that these parameters, this device or this optimizer cannot have; nothing was changed."""
+
+
+class UnfinishedStep(UsageError):
+    """A step asked for, or left, while its microbatches are not all there."""
 
 
 class UnknownPolicyKey(UsageError):

@@ -1,0 +1,1 @@
+"""Gradients other than the derivative: stopped, scaled, reversed, clipped, replaced, given by hand."""

@@ -1,0 +1,1 @@
+"""One optimizer step in hand: the order of everything in it."""
