@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 ERRORS = {
     "BackwardRefused", "BadJournal", "BadVjp", "BrokenGradients", "FreezeRefused", "GradctlError",
     "NoSecondDerivative", "NonFiniteGradient", "NotPerSample", "PatternMatchesNothing", "PrecisionRefused",
-    "RunDirectoryError", "SwitchFailed", "TornStep", "UnfinishedStep", "UnknownPolicyKey", "UsageError", "WrongGradient",
+    "RunDirectoryError", "SwitchFailed", "TornStep", "UnfinishedStep", "UnknownPolicyKey", "UsageError",
+    "WrongGradient",
 }  # fmt: skip
 VALUES = {"Finding", "Findings", "Journal"}
 WARNINGS = {"TornStepWarning"}
