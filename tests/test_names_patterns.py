@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch._dynamo  # its import wraps the steps of some optimizers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import settled
 from gradctl import PatternMatchesNothing, UsageError
 from gradctl._names._patterns import named_modules, named_parameters, other_names, select
+
+settled.compiling()
 
 LAYERS = {
     f"encoder.layer.{n}.{part}": object()
