@@ -487,4 +487,32 @@ def main():
         optimizer.step(closure)
 main()
 """,
+    "a_cycle_of_references_that_nobody_holds": """
+class Value:
+    def __init__(self, at):
+        self.at, self.me = at, self
+def main():
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(14):
+        value = Value(model(torch.randn(8, 4)))
+        optimizer.zero_grad()
+        value.at.pow(2).mean().backward()
+        optimizer.step()
+main()
+""",
+    "a_first_state_that_is_learned_in_the_first_of_every_four_windows": """
+def main():
+    start, cell = nn.Parameter(torch.zeros(1, 4)), nn.GRUCell(4, 4)
+    optimizer = torch.optim.SGD([start, *cell.parameters()], lr=0.1)
+    for _ in range(3):
+        h = start.expand(8, -1)
+        for _ in range(4):
+            h = cell(torch.randn(8, 4), h)
+            optimizer.zero_grad()
+            h.pow(2).mean().backward()
+            optimizer.step()
+            h = h.detach()
+main()
+""",
 }

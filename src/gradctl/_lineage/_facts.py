@@ -517,6 +517,7 @@ class Facts:
     kept: dict[Any, Kept] = field(default_factory=dict[Any, Kept])
     step_at: list[int] = field(default_factory=list[int])
     searches: int = 0
+    garbage: dict[Any, int] = field(default_factory=dict[Any, int])
     read_by_user: set[int] = field(default_factory=set)
     none_read: tuple[Node, bool, Stack] | None = None
     non_leaf_reads: list[tuple[Node, Stack]] = field(default_factory=list)

@@ -17,26 +17,47 @@ from gradctl._lineage._tracer import Tracer
 
 _FEWEST = 3
 _SEARCHES = 6
+_GARBAGE = 3  # a line whose graphs were garbage so often is not looked at again
 _CONTAINERS = (list, dict, tuple, set, deque)
 
 
 def find_kept(tracer: Tracer) -> None:
     """Note values whose graphs of several generations are still alive, by the line that made them."""
+    lines = _alive(tracer)
+    kept, garbage = tracer.facts.kept, tracer.facts.garbage
+    doubled = [key for key, (_, gens, _) in lines.items() if len(gens) > 2 * (kept[key].count if key in kept else 0)]
+    if doubled:
+        # What only a cycle of references keeps (distributions that cache make such) is not held by the program.
+        gc.collect()
+        lines = _alive(tracer)
+        for key in doubled:
+            if key not in lines:
+                garbage[key] = garbage.get(key, 0) + 1
+    for key, (found, generations, chained) in lines.items():
+        _note(tracer, key, found, generations, chained=chained)
+
+
+def _alive(tracer: Tracer) -> dict[Any, tuple[dict[int, Node], set[int], bool]]:
+    """Return lines with at least three generations alive: a node of each, the generations, whether in a chain."""
     groups: dict[Any, dict[int, Node]] = {}
     chains: dict[Any, set[int]] = {}
     for node in [entry[1] for entry in tracer.map.items()]:
         if not node.live or not node.stack or node.op == "grad":
             continue
         key = node.stack[:1]
+        if tracer.facts.garbage.get(key, 0) >= _GARBAGE:
+            continue
         groups.setdefault(key, {})[node.generation] = node
         behind = _behind(node)
         if len(behind) > len(chains.get(key, ())):
             chains[key] = behind
+    lines: dict[Any, tuple[dict[int, Node], set[int], bool]] = {}
     for key, chain in chains.items():
         found = groups[key]
         generations = chain if len(chain) > len(found) else set(found)
         if len(generations) >= _FEWEST:
-            _note(tracer, key, found, generations, chained=len(chain) > len(found))
+            lines[key] = found, generations, len(chain) > len(found)
+    return lines
 
 
 def _behind(node: Node) -> set[int]:

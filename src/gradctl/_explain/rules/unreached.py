@@ -52,12 +52,24 @@ def _missing(context: Context) -> list[_Missing]:
         if not without:
             continue
         late = without < len(states)
-        if late and without < 2:
-            continue
+        if late and without < max(2, 2 * _longest_gap(states[:-without]) + 1):
+            continue  # it comes and goes: a first window, a second loss every few steps
         first = states[-without][0]
         step, kind, evidence = next((e for e in facts.explained if e[0] >= first), facts.explained[-1])
         found.append(_Missing(key, facts, first, late, without, kind, evidence))
     return found
+
+
+def _longest_gap(states: Sequence[tuple[int, str]]) -> int:
+    """Return the longest run of steps without a gradient between two steps with one."""
+    longest = run = 0
+    seen = False
+    for _, state in states:
+        if state == "none":
+            run += seen
+        else:
+            longest, run, seen = max(longest, run), 0, True
+    return longest
 
 
 def _symptom(group: list[_Missing]) -> str:
