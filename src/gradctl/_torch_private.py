@@ -86,6 +86,13 @@ NAMES: tuple[PrivateName, ...] = (
         "steps that a GradScaler skipped are not recorded",
     ),
     PrivateName(
+        "unscale_kernel",
+        "torch:_amp_foreach_non_finite_check_and_unscale_",
+        "2.13",
+        "precision",
+        "there is no loss scale, and no look for inf and NaN in one pass",
+    ),
+    PrivateName(
         "optimizer_patch_step",
         "torch.optim:Optimizer._patch_step_function",
         "2.13",
@@ -343,6 +350,27 @@ NAMES: tuple[PrivateName, ...] = (
         "2.13-2.14",
         "off",
         "what is compiled in spite of the stance is not dropped afterwards",
+    ),
+    PrivateName(
+        "transforms_active",
+        "torch._C:_are_functorch_transforms_active",
+        "2.13",
+        "custom gradients",
+        "none of them can be used",
+    ),
+    PrivateName(
+        "forward_level",
+        "torch.autograd.forward_ad:_current_level",
+        "2.13",
+        "custom gradients",
+        "forward-mode AD through them raises torch's error instead of working or of ours",
+    ),
+    PrivateName(
+        "pytree",
+        "torch.utils:_pytree",
+        "2.13",
+        "custom gradients",
+        "none of them can be used",
     ),
 )
 
