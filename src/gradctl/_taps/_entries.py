@@ -82,6 +82,18 @@ module_zero_grad = AttributeTap("module_zero_grad", _at("torch.nn:Module.zero_gr
 clip = AttributeTap("clip", _at("torch.nn.utils.clip_grad:_clip_grads_with_norm_"))
 scaler_scale = AttributeTap("scaler_scale", _at("torch.amp.grad_scaler:GradScaler.scale"))
 scaler_step = AttributeTap("scaler_step", _at("torch.amp.grad_scaler:GradScaler._maybe_opt_step"))
+scaler_call = AttributeTap("scaler_call", _at("torch.amp.grad_scaler:GradScaler.step"))
+scaler_unscale = AttributeTap("scaler_unscale", _at("torch.amp.grad_scaler:GradScaler.unscale_"))
+scaler_update = AttributeTap("scaler_update", _at("torch.amp.grad_scaler:GradScaler.update"))
+scheduler_step = AttributeTap(
+    "scheduler_step",
+    _at(
+        *(
+            f"torch.optim.lr_scheduler:{kind}.step"
+            for kind in ("LRScheduler", "SequentialLR", "ChainedScheduler", "CosineAnnealingWarmRestarts")
+        )
+    ),
+)
 data_next = AttributeTap("data_next", _at("torch.utils.data.dataloader:_BaseDataLoaderIter.__next__"))
 function_apply = AttributeTap("function_apply", _function_apply)
 retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
@@ -128,6 +140,10 @@ ALL = (
     ddp_created,
     scaler_scale,
     scaler_step,
+    scaler_call,
+    scaler_unscale,
+    scaler_update,
+    scheduler_step,
     data_next,
     function_apply,
     retain_grad,
