@@ -111,6 +111,18 @@ def test_a_predicate_that_chooses_nothing_is_named() -> None:
         select(NAMES, [is_lora])
 
 
+def test_a_parameter_or_a_module_stands_for_itself_and_one_of_another_model_is_refused() -> None:
+    model, other = Tied(), nn.Linear(3, 4)
+    named = named_parameters(model)
+    assert list(select(named, [model.block])) == ["block.weight", "block.bias", "again.weight", "again.bias"]
+    assert list(select(named, [model.wte.weight])) == ["wte.weight", "lm_head.weight"]
+    assert list(select(named_modules(model), [model.block])) == ["block", "again"]
+    with pytest.raises(PatternMatchesNothing, match=r"a Parameter of shape \[4, 3\] that is not in the model"):
+        select(named, [other.weight])
+    with pytest.raises(PatternMatchesNothing, match="a Linear that is not in the model"):
+        select(named, [other])
+
+
 @pytest.mark.parametrize(
     ("patterns", "sentence"),
     [

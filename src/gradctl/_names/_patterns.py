@@ -6,6 +6,7 @@ A pattern is one of:
 - the name of a module, which means all that lies below it: `head`, `encoder.layer.11`, and as a glob `*.attention`;
 - `re:` and a regular expression that must match the whole FQN: `re:encoder\.layer\.([0-9]|10)\..*`;
 - a predicate `(name, value) -> bool`;
+- a parameter or a module itself: `model.encoder`;
 - `!` and one of the strings above, which takes away again what patterns before it have chosen. A list that begins with
   one begins with everything: `"!head"` is all but the head.
 
@@ -20,13 +21,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from gradctl._errors import PatternMatchesNothing, UsageError
 from gradctl._names._modules import _WRAPPER_PARTS, _children, _own_parameters
 
 T = TypeVar("T")
-Pattern: TypeAlias = str | Callable[[str, Any], bool]
+Pattern: TypeAlias = str | Callable[[str, Any], bool] | Tensor | Module
 
 _WRAPPERS = {"DistributedDataParallel": "module", "DataParallel": "module", "OptimizedModule": "_orig_mod"}
 _NEAR = 5
@@ -122,6 +124,11 @@ def _walk(module: Module, path: str, above: tuple[int, ...]) -> Iterator[tuple[s
 
 
 def _matched(named: Mapping[str, T], pattern: Pattern) -> set[str]:
+    if isinstance(pattern, (Tensor, Module)):
+        wanted = {id(pattern)}
+        if isinstance(pattern, Module):
+            wanted |= {id(thing) for part in pattern.modules() for thing in (part, *part.parameters(recurse=False))}
+        return {name for name, value in named.items() if id(value) in wanted}
     if not isinstance(pattern, str):
         if not callable(pattern):
             raise UsageError(
@@ -153,6 +160,13 @@ def _prefixes(name: str) -> Iterator[str]:
 
 
 def _matches_nothing(named: Mapping[str, Any], pattern: Pattern, of: str) -> PatternMatchesNothing:
+    if isinstance(pattern, (Tensor, Module)):
+        shape = f" of shape {list(pattern.shape)}" if isinstance(pattern, Tensor) else ""
+        return PatternMatchesNothing(
+            f"a {type(pattern).__name__}{shape} that is not in the model",
+            what=f"it holds, or is, no {of} among the {len(named)} of this model",
+            fix="a copy, or a model that was made anew, has others of its own: take it from this model, or by its name",
+        )
     if not isinstance(pattern, str):
         shown = getattr(pattern, "__name__", None) or repr(pattern)
         return PatternMatchesNothing(
