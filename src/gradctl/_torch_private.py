@@ -149,6 +149,13 @@ NAMES: tuple[PrivateName, ...] = (
         "there is no traced run",
     ),
     PrivateName(
+        "dispatch_mode",
+        "torch.utils._python_dispatch:TorchDispatchMode",
+        "2.13",
+        "check",
+        "a wrong gradient is not told from one that was rounded to a lower dtype",
+    ),
+    PrivateName(
         "dispatch_mode_depth",
         "torch._C:_len_torch_dispatch_stack",
         "2.13",
@@ -224,6 +231,13 @@ NAMES: tuple[PrivateName, ...] = (
         "2.13",
         "run",
         "what backward remembers is not shown",
+    ),
+    PrivateName(
+        "preserve_version",
+        "torch.autograd:_unsafe_preserve_version_counter",
+        "2.13",
+        "derivatives",
+        "a graph that was recorded before a product by forward-mode AD cannot be differentiated after it",
     ),
     PrivateName(
         "autograd_compiler",
