@@ -86,6 +86,13 @@ NAMES: tuple[PrivateName, ...] = (
         "steps that a GradScaler skipped are not recorded",
     ),
     PrivateName(
+        "foreach_copy",
+        "torch:_foreach_copy_",
+        "2.13",
+        "precision",
+        "weights are cast one at a time",
+    ),
+    PrivateName(
         "unscale_kernel",
         "torch:_amp_foreach_non_finite_check_and_unscale_",
         "2.13",
@@ -385,6 +392,48 @@ NAMES: tuple[PrivateName, ...] = (
         "2.13",
         "custom gradients",
         "none of them can be used",
+    ),
+    PrivateName(
+        "dispatch_key_guard",
+        "torch._C:_SetExcludeDispatchKeyGuard",
+        "2.13",
+        "recompute, fit",
+        "nothing can be recomputed by replay",
+    ),
+    PrivateName(
+        "no_torch_dispatch",
+        "torch._C:_DisableTorchDispatch",
+        "2.13",
+        "recompute, fit",
+        "nothing can be recomputed by replay",
+    ),
+    PrivateName(
+        "below_autograd",
+        "torch._C:_AutoDispatchBelowAutograd",
+        "2.13",
+        "recompute, fit",
+        "nothing can be recomputed by replay",
+    ),
+    PrivateName(
+        "no_dispatch_modes",
+        "torch.utils._python_dispatch:_disable_current_modes",
+        "2.13",
+        "recompute, fit",
+        "nothing can be recomputed by replay",
+    ),
+    PrivateName(
+        "graph_is_kept",
+        "torch._C:_autograd._get_current_graph_task_keep_graph",
+        "2.13",
+        "recompute, fit",
+        "the recipe of a region is kept until its graph is gone, which costs memory",
+    ),
+    PrivateName(
+        "saved_hooks_on_top",
+        "torch._C:_autograd._top_saved_tensors_default_hooks",
+        "2.13",
+        "recompute, fit",
+        "tensors kept inside a region pass by the saved-tensor hooks around it",
     ),
 )
 
