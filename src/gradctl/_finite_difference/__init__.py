@@ -1,1 +1,10 @@
 """Directional derivatives by finite differences in float64, and how two derivatives differ."""
+
+from __future__ import annotations
+
+from gradctl._finite_difference._function import compare_function, mismatches
+from gradctl._finite_difference._mismatch import Comparison, Mismatch
+from gradctl._finite_difference._point import Subject
+from gradctl._finite_difference._search import compare
+
+__all__ = ["Comparison", "Mismatch", "Subject", "compare", "compare_function", "mismatches"]

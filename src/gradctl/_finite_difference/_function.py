@@ -1,0 +1,155 @@
+"""`mismatches`: compare the gradients of a plain function of tensors with finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradctl._errors import UsageError
+from gradctl._finite_difference._mismatch import Comparison, Mismatch
+from gradctl._finite_difference._point import Subject
+from gradctl._finite_difference._search import compare
+from gradctl._finite_difference._trees import replaced, tensors
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def mismatches(
+    fn: Callable[..., Any],
+    inputs: Sequence[Any],
+    *,
+    names: Sequence[str] | None = None,
+    probes: int = 3,
+    order: int = 1,
+    seed: int = 0,
+) -> list[Mismatch]:
+    """Return the inputs of `fn` whose gradients are not derivatives; an empty list when all are right.
+
+    `fn` runs under autograd on float64 copies of the inputs (complex128 of complex ones), or on copies in their own
+    dtype when it refuses those. Kinks are no mismatch. Random states are put back.
+
+    Args:
+        fn: takes the inputs, returns a tensor or a nested structure of them.
+        inputs: positional arguments; tensors of integers and what is no tensor are passed on.
+        names: what the inputs are called; `input[0]`, ... otherwise.
+        probes: how many random directions.
+        order: 2 compares the gradient of the gradient.
+        seed: of the directions.
+
+    Raises:
+        UsageError: no input is floating; no output is; an output is not finite; half precision that cannot be raised.
+    """
+    called = list(names) if names is not None else [f"input[{i}]" for i in range(len(inputs))]
+    return list(compare_function(fn, tuple(inputs), {}, called, probes=probes, order=order, seed=seed).mismatches)
+
+
+def compare_function(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    *,
+    probes: int = 3,
+    order: int = 1,
+    seed: int = 0,
+) -> Comparison:
+    """Do what `mismatches` does, and return all that was measured."""
+    try:
+        with double_by_default():
+            return compare(function_subject(fn, args, kwargs, names, double), probes=probes, seed=seed, order=order)
+    except UsageError:
+        raise
+    except Exception as refused:
+        given = [tensor for _, tensor in tensors([args, kwargs]) if differentiable(tensor)]
+        if all(tensor.dtype in (torch.float64, torch.complex128) for tensor in given):
+            raise
+        half = next((tensor.dtype for tensor in given if tensor.dtype in _HALVES), None)
+        if half is not None:
+            raise no_half(half, refused) from refused
+        return compare(function_subject(fn, args, kwargs, names, as_given), probes=probes, seed=seed, order=order)
+
+
+def function_subject(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    names: Sequence[str],
+    convert: Callable[[Tensor], Tensor],
+) -> Subject:
+    """Describe a function of its arguments: those that require a gradient, or all floating ones when none does."""
+    labelled = [(name, value) for name, value in zip(names, args, strict=True)] + list(kwargs.items())
+    every = [pair for name, value in labelled for pair in tensors(value, name)]
+    wanted = {name for name, tensor in every if tensor.requires_grad and differentiable(tensor)}
+    wanted = wanted or {name for name, tensor in every if differentiable(tensor)}
+    if not wanted:
+        raise UsageError(
+            "no input has a derivative",
+            what="inputs: " + (", ".join(f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in every) or "none"),
+            fix="pass at least one tensor of a floating or complex dtype",
+        )
+    chosen = [(name, tensor) for name, tensor in every if name in wanted]
+    position = {name: i for i, (name, _) in enumerate(chosen)}
+    fixed = {name: convert(tensor.detach()) for name, tensor in every if name not in wanted}
+
+    def run(leaves: Sequence[Tensor]) -> list[Tensor]:
+        # Copies, so that a function may change its arguments in place.
+        def passed(name: str, _: Tensor) -> Tensor:
+            return leaves[position[name]].clone() if name in position else fixed[name].clone()
+
+        built = [replaced(value, passed, name) for name, value in labelled]
+        result = fn(*built[: len(args)], **dict(zip(kwargs, built[len(args) :], strict=True)))
+        return floating_outputs(result)
+
+    return Subject(
+        run=run,
+        names=tuple(name for name, _ in chosen),
+        values=tuple(convert(tensor.detach()).clone(memory_format=torch.contiguous_format) for _, tensor in chosen),
+    )
+
+
+def floating_outputs(result: Any) -> list[Tensor]:
+    """Return the outputs that can have a derivative."""
+    return [tensor for _, tensor in tensors(result) if differentiable(tensor)]
+
+
+def differentiable(tensor: Tensor) -> bool:
+    """Say whether a tensor is of a dtype that has derivatives."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def double(tensor: Tensor) -> Tensor:
+    """Return a floating tensor in float64, a complex one in complex128, others as they are."""
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
+
+
+def as_given(tensor: Tensor) -> Tensor:
+    """Return the tensor itself."""
+    return tensor
+
+
+class double_by_default:  # noqa: N801  (used as a function)
+    """Make what a function creates float64 as well, inside the block."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_default_dtype(self._before)
+
+
+def no_half(dtype: torch.dtype, refused: Exception) -> UsageError:
+    """Say that a check in half precision would say nothing."""
+    name = str(dtype).removeprefix("torch.")
+    reason = next(iter(str(refused).splitlines()), type(refused).__name__)
+    return UsageError(
+        f"a derivative cannot be checked in {name}",
+        what=f"in float64 the function failed: {reason}",
+        why="rounding of half types is larger than the differences that a check measures",
+        fix="let the function take float64 (or float32) tensors, and check it with those",
+    )

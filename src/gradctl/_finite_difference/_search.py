@@ -1,0 +1,340 @@
+"""Compare the gradients of a subject with finite differences, and find the tensors for which they disagree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+
+from gradctl._errors import UsageError
+from gradctl._finite_difference._causes import measured
+from gradctl._finite_difference._lowest import lower_operation
+from gradctl._finite_difference._mismatch import Comparison, Mismatch
+from gradctl._finite_difference._point import Point, Subject, difference, dot, size
+from gradctl._finite_difference._slope import DOUBLE, SINGLE, Answer, Ladder, Slope, Steps, answer, central, climb
+from gradctl._finite_difference._state import RandomStates
+
+# Gradients of one group lie within this of the largest: in a group with larger ones a small one would not be seen.
+_SPREAD = 1e-3
+# Below this share of all gradients a tensor's own cannot be told from rounding (a bias before BatchNorm).
+_NOTHING = 1e-11
+# Two runs that differ by less are one sum in another order, not a wrong one.
+REORDERED = 1e-10
+_BESIDE = 2
+_BESIDE_SEED = 7919
+
+
+def compare(subject: Subject, *, probes: int = 3, seed: int = 0, order: int = 1) -> Comparison:
+    """Compare gradients with central differences along random directions, group by group, then find the culprits.
+
+    Every tensor is moved at once, those with much smaller gradients in a group of their own; a group that disagrees is
+    halved until single tensors are left. What disagrees is looked at over a ladder of steps, along a second set of
+    directions, and beside the point, where a kink is gone and a fault is not.
+
+    Args:
+        subject: what is compared; its dtypes decide about the steps.
+        probes: how many directions, each with a cotangent of its own.
+        seed: of both.
+        order: 2 compares the gradient of the gradient.
+
+    Raises:
+        UsageError: there is no floating output, or an output is not finite at the point.
+    """
+    with RandomStates(subject.generators) as states:
+        return _Search(twice(subject, states, seed) if order == 2 else subject, states, probes, seed).run()
+
+
+def twice(subject: Subject, states: RandomStates, seed: int) -> Subject:
+    """Return the subject whose outputs are the gradients of this one, cotangents being inputs as well."""
+    point = Point(subject, states, seed)
+    _refuse_what_cannot_be_compared(point)
+    chosen, cotangents = point.chosen, point.cotangents(0)
+    point.release()
+    count = len(subject.values)
+
+    def run(leaves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        outputs = subject.run(leaves[:count])
+        pairs = [(outputs[i], u) for i, u in zip(chosen, leaves[count:], strict=True) if outputs[i].requires_grad]
+        if not pairs:
+            return [torch.zeros_like(leaf) for leaf in leaves[:count]]
+        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+            [out for out, _ in pairs],
+            list(leaves[:count]),
+            [u for _, u in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(leaf) if g is None else g.to_dense() if g.layout != torch.strided else g
+            for g, leaf in zip(found, leaves[:count], strict=True)
+        ]
+
+    return replace(
+        subject,
+        run=run,
+        names=(*subject.names, *(f"grad_outputs[{k}]" for k in range(len(cotangents)))),
+        values=(*subject.values, *cotangents),
+        every_output=True,
+        still={},
+    )
+
+
+def _refuse_what_cannot_be_compared(point: Point) -> None:
+    if not point.outputs:
+        raise UsageError(
+            "the function returns no floating tensor",
+            why="only floating and complex outputs have a derivative",
+            fix="return the tensors themselves, not numbers or integer tensors",
+        )
+    if not point.finite:
+        raise UsageError(
+            "an output is NaN or infinite at this point",
+            why="differences of it say nothing about its derivative",
+            fix="check at inputs for which the outputs are finite",
+        )
+
+
+class _Search:
+    """One comparison, from the first forward to the facts about each culprit."""
+
+    def __init__(self, subject: Subject, states: RandomStates, probes: int, seed: int) -> None:
+        self.subject, self.states, self.probes, self.seed = subject, states, probes, seed
+        single = any(torch.finfo(value.dtype).eps > 1e-10 for value in subject.values)
+        self.steps: Steps = SINGLE if single else DOUBLE
+        self.point = Point(subject, states, seed)
+        _refuse_what_cannot_be_compared(self.point)
+        self.beside: list[Point] | None = None
+        self.lowest: tuple[str, str] | None = None
+        self.looked_lower = False
+        self.floor = 0.0
+        self.undecided: dict[str, float] = {}
+
+    def run(self) -> Comparison:
+        point = self.point
+        count = len(self.subject.values)
+        first = point.gradients(0)
+        second = point.same_graph_again(0)
+        repeat = [0.0 if a is None or b is None else difference(a, b) for a, b in zip(first, second, strict=True)]
+        self.none = [g is None for g in first]
+        self.nonfinite = [0 if g is None else int((~torch.isfinite(g)).sum()) for g in first]
+        self.expected: list[list[float]] = []
+        self.sizes: list[list[float]] = []
+        for probe in range(self.probes):
+            self._measure(probe, first if probe == 0 else self._gradients(probe, first))
+        again = point.forward_repeat()
+        point.release()
+        if again > REORDERED:
+            return self._comparison(forward_repeat=again)
+        if again > 0:
+            self.floor = again * self._magnitude(0)
+        kept = [i for i in range(count) if not self.nonfinite[i] and repeat[i] <= REORDERED]
+        largest = [max(self.sizes[k][i] for k in range(self.probes)) for i in range(count)]
+        self.total = math.sqrt(sum(largest[i] ** 2 for i in kept)) or 1.0
+        suspects: dict[int, int] = {}
+        for group in _groups(kept, largest, self.total):
+            small = largest[group[0]] <= _SPREAD * self.total
+            # Without a gradient all is expected to stand still, which one direction shows as well as three.
+            nothing = largest[group[0]] <= _NOTHING * self.total
+            for probe in range(1 if nothing else self.probes):
+                left = [i for i in group if i not in suspects]
+                if left and not self._quick(probe, left, small=small):
+                    suspects |= dict.fromkeys(self._culprits(probe, left), probe)
+        mismatches, kinks = self._explained(suspects, kept)
+        for i in range(count):
+            if repeat[i] > REORDERED:
+                mismatches.append(self._plain(i, math.nan, math.nan, repeat=repeat[i]))
+            elif self.nonfinite[i]:
+                mismatches.append(self._not_finite(i))
+        order = {name: i for i, name in enumerate(self.subject.names)}
+        return self._comparison(
+            mismatches=tuple(sorted(mismatches, key=lambda m: order[m.name])),
+            kinks=tuple(sorted(kinks, key=lambda m: order[m.name])),
+            forward_repeat=again,
+        )
+
+    def _comparison(self, **facts: object) -> Comparison:
+        points = [self.point, *(self.beside or [])]
+        found = Comparison(
+            undecided=self.undecided,
+            precision="float32" if self.steps is SINGLE else "float64",
+            lowest=self.lowest,
+            num_forwards=sum(point.num_forwards for point in points),
+            num_backwards=sum(point.num_backwards for point in points),
+            checked=self.subject.names,
+        )
+        return replace(found, **facts)  # pyright: ignore[reportArgumentType]
+
+    # -- what the gradients say ---------------------------------------------------------------------------------------
+
+    def _gradients(self, probe: int, first: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Return the gradients of another probe; of one number they are the same for all probes."""
+        one = len(self.point.outputs) == 1 and self.point.outputs[0].numel() == 1
+        return first if one and not self.point.outputs[0].is_complex() else self.point.gradients(probe)
+
+    def _measure(self, probe: int, gradients: list[torch.Tensor | None]) -> None:
+        slopes, sizes = [], []
+        for i, gradient in enumerate(gradients):
+            if gradient is None:
+                slopes.append(torch.zeros((), dtype=torch.float64))
+                sizes.append(torch.zeros((), dtype=torch.float64))
+            else:
+                direction = self.point.direction(probe, i)
+                slopes.append(dot(gradient, direction))
+                sizes.append(size(gradient, direction))
+        self.expected.append(torch.stack(slopes).tolist())
+        self.sizes.append(torch.stack(sizes).tolist())
+
+    def _magnitude(self, probe: int) -> float:
+        """Return the sum of the absolute values that are added to one number: what rounding is relative to."""
+        pairs = zip(self.point.outputs, self.point.cotangents(probe), strict=True)
+        return float(sum(float((out.abs() * u.abs()).sum()) for out, u in pairs))
+
+    # -- what differences say -----------------------------------------------------------------------------------------
+
+    def _quick(self, probe: int, group: Sequence[int], *, small: bool = False) -> bool:
+        """Say whether the gradients of a group agree at one of two steps, which is nearly always so."""
+        moves = {i: self.point.direction(probe, i) for i in group}
+        expected = sum(self.expected[probe][i] for i in group)
+        allowed = self.steps.quick * _norm(self.sizes[probe][i] for i in group) + _NOTHING * self.total
+        steps = self.steps
+        for step in (steps.small_gradients, steps.first) if small else (steps.first, steps.second):
+            found = central(lambda t: self.point.change(probe, moves, t), step)
+            if abs(found - expected) <= allowed:
+                return True
+        return False
+
+    def _ladder(self, point: Point, probe: int, group: Sequence[int]) -> Ladder:
+        self._look_lower()
+        moves = {i: point.direction(probe, i) for i in group}
+        return climb(lambda t: point.change(probe, moves, t), self.steps, self.floor)
+
+    def _look_lower(self) -> None:
+        """Find out once whether the forward rounds to a lower dtype: its differences are as coarse as that."""
+        if self.looked_lower:
+            return
+        self.looked_lower = True
+        than = torch.float32 if self.steps is SINGLE else torch.float64
+        self.lowest = lower_operation(lambda: self.point.change(0, {}, 0.0), than)
+        if self.lowest is not None:
+            eps = torch.finfo(getattr(torch, self.lowest[0])).eps
+            self.floor = max(self.floor, eps * self._magnitude(0) / 4)
+
+    def _answer(self, probe: int, group: Sequence[int]) -> tuple[Answer, Slope | None, Ladder]:
+        ladder = self._ladder(self.point, probe, group)
+        expected = sum(self.expected[probe][i] for i in group)
+        given, slope = answer(expected, _norm(self.sizes[probe][i] for i in group), ladder, self.steps)
+        if given == "unknown" and slope is not None and slope.error <= self.steps.credible * self.total:
+            given = "agrees"  # nothing, as far as can be seen beside the other gradients
+        return given, slope, ladder
+
+    def _culprits(self, probe: int, group: Sequence[int]) -> list[int]:
+        """Halve a group that disagrees until single tensors are left that do."""
+        given, slope, _ = self._answer(probe, group)
+        if given == "unknown":
+            known = slope.error / max(_norm(self.sizes[probe][i] for i in group), 1e-300) if slope else math.inf
+            self.undecided |= {self.subject.names[i]: known for i in group}
+        if given != "differs":
+            return []
+        if len(group) == 1:
+            return list(group)
+        half = len(group) // 2
+        found = [
+            i
+            for part in (group[:half], group[half:])
+            if not self._quick(probe, part)
+            for i in self._culprits(probe, part)
+        ]
+        if found:
+            return found
+        return [i for i in group if self._answer(probe, [i])[0] == "differs"]
+
+    # -- what is said about the culprits ------------------------------------------------------------------------------
+
+    def _explained(self, suspects: dict[int, int], kept: Sequence[int]) -> tuple[list[Mismatch], list[Mismatch]]:
+        mismatches: list[Mismatch] = []
+        kinks: list[Mismatch] = []
+        for i, probe in suspects.items():
+            given, slope, ladder = self._answer(probe, [i])
+            if given != "differs" or slope is None:
+                continue
+            facts = self._plain(i, self.expected[probe][i], slope.value, error=slope.error, size=self.sizes[probe][i])
+            if self._agrees_beside(i):
+                kinks.append(facts)
+                continue
+            facts = replace(facts, constant=ladder.constant and self.lowest is None)
+            full = measured(self.point, i, facts, slope.step, self.steps, kept)
+            if full is not None:
+                mismatches.append(full)
+        return mismatches, kinks
+
+    def _plain(
+        self, i: int, analytic: float, numeric: float, *, error: float = 0.0, size: float = 0.0, repeat: float = 0.0
+    ) -> Mismatch:
+        return Mismatch(
+            name=self.subject.names[i],
+            shape=tuple(self.subject.values[i].shape),
+            analytic=analytic,
+            numeric=numeric,
+            error=error,
+            size=size,
+            is_none=self.none[i],
+            repeat=repeat,
+            hooks=self.subject.hooks.get(i, 0),
+        )
+
+    def _not_finite(self, i: int) -> Mismatch:
+        ladder = self._ladder(self.point, 0, [i])
+        best = ladder.best
+        good = best is not None and best.error <= 1e-3 * abs(best.value) + self.steps.credible * self.total
+        numeric = best.value if best is not None and good else math.nan
+        return replace(self._plain(i, math.nan, numeric), nonfinite=self.nonfinite[i])
+
+    def _agrees_beside(self, i: int) -> bool:
+        """Say whether the gradient of one tensor is right at points beside this one: there was a kink, and no fault."""
+        answers = [self._answer_at(point, i) for point in self._points_beside()]
+        return "agrees" in answers and "differs" not in answers
+
+    def _answer_at(self, point: Point, i: int) -> Answer:
+        gradient = point.gradients(0)[i]
+        point.release()
+        direction = point.direction(0, i)
+        expected = 0.0 if gradient is None else float(dot(gradient, direction))
+        norm = 0.0 if gradient is None else float(size(gradient, direction))
+        if not (math.isfinite(expected) and math.isfinite(norm)):
+            return "unknown"
+        return answer(expected, norm, self._ladder(point, 0, [i]), self.steps)[0]
+
+    def _points_beside(self) -> list[Point]:
+        if self.beside is None:
+            self.beside = []
+            for number in range(_BESIDE):
+                away = self.probes + _BESIDE_SEED + number
+                values = [
+                    value + self.steps.jitter * self.point.direction(away, i)
+                    for i, value in enumerate(self.subject.values)
+                ]
+                try:
+                    point = Point(self.subject, self.states, self.seed, values)
+                except (ValueError, RuntimeError, ArithmeticError):
+                    continue  # outside of where the function is defined
+                if point.finite:
+                    self.beside.append(point)
+        return self.beside
+
+
+def _groups(kept: Sequence[int], largest: Sequence[float], total: float) -> list[list[int]]:
+    """Sort tensors into groups of like gradients, the largest first; the last is of those that are zero."""
+    groups: list[list[int]] = []
+    nothing = [i for i in kept if largest[i] <= _NOTHING * total]
+    for i in sorted((i for i in kept if largest[i] > _NOTHING * total), key=lambda i: -largest[i]):
+        if groups and largest[i] > _SPREAD * largest[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [*groups, *([nothing] if nothing else [])]
+
+
+def _norm(values: Iterable[float]) -> float:
+    return math.sqrt(sum(value * value for value in values))
