@@ -16,10 +16,10 @@ import gradctl
 
 ROOT = Path(__file__).parents[1]
 ERRORS = {
-    "BackwardRefused", "BadJournal", "BadVjp", "BrokenGradients", "FreezeRefused", "GradctlError",
-    "NoSecondDerivative", "NonFiniteGradient", "NotPerSample", "PatternMatchesNothing", "PrecisionRefused",
-    "RunDirectoryError", "SwitchFailed", "TornStep", "UnfinishedStep", "UnknownPolicyKey", "UsageError",
-    "WrongGradient",
+    "BackwardRefused", "BadJournal", "BadVjp", "BrokenGradients", "BudgetTooSmall", "FreezeRefused", "GradctlError",
+    "NoSecondDerivative", "NonFiniteGradient", "NotPerSample", "PatternMatchesNothing", "PlanMismatch",
+    "PrecisionRefused", "RunDirectoryError", "StaleSource", "SwitchFailed", "TornStep", "UnfinishedStep",
+    "UnknownPolicyKey", "UsageError", "WrongGradient",
 }  # fmt: skip
 VALUES = {"Finding", "Findings", "Journal"}
 WARNINGS = {"TornStepWarning"}

@@ -9,10 +9,13 @@ GradctlError (RuntimeError)          everything that gradctl raises on purpose
   WrongGradient                      a derivative that is not the derivative of what was computed
     BadVjp                           a backward of the caller's that returns the wrong count, shape, dtype or device
   NoSecondDerivative                 an operation on the way has no derivative of its backward
+  StaleSource                        what a dropped tensor is made from has changed before backward
   NotPerSample                       the samples of a batch are not independent, so that no gradient belongs to one
   UsageError (also ValueError)       the caller's mistake; the command line exits with 2
     PatternMatchesNothing            a pattern of parameter names that no parameter has
     FreezeRefused                    freezing that would not hold, or would break another wrapper
+    BudgetTooSmall                   a byte budget that no plan meets; carries the smallest that one does
+    PlanMismatch                     a plan that was made for another model
     PrecisionRefused                 a precision that these parameters, this device or this optimizer cannot have
     UnfinishedStep                   a step asked for, or left, while its microbatches are not all there
     UnknownPolicyKey                 a key of the policy file that gradctl does not know
@@ -93,6 +96,10 @@ class NoSecondDerivative(GradctlError):
     """An operation on the way has no derivative of its backward; names the operation and what to use instead."""
 
 
+class StaleSource(GradctlError):
+    """What a dropped tensor is made from has changed between forward and backward; nothing is computed with it."""
+
+
 class NotPerSample(GradctlError):
     """The samples of a batch are not independent, so that no gradient belongs to one of them; names the module."""
 
@@ -107,6 +114,23 @@ class PatternMatchesNothing(UsageError):
 
 class FreezeRefused(UsageError):
     """Freezing that would not hold, or that would break another wrapper; nothing was changed."""
+
+
+class BudgetTooSmall(UsageError):
+    """A byte budget that no plan meets.
+
+    Attributes:
+        smallest: the smallest budget that one meets, in bytes; 0 where it is not known.
+    """
+
+    smallest: int = 0
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"smallest": self.smallest})
+
+
+class PlanMismatch(UsageError):
+    """A plan that was made for another model; names the first difference. Nothing was changed."""
 
 
 class PrecisionRefused(UsageError):
