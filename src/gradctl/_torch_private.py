@@ -100,6 +100,13 @@ NAMES: tuple[PrivateName, ...] = (
         "there is no loss scale, and no look for inf and NaN in one pass",
     ),
     PrivateName(
+        "scheduler_moves",
+        "torch.optim.lr_scheduler:_enable_get_lr_call.__enter__",
+        "2.13",
+        "run",
+        "where a scheduler steps is not watched: its two rules stay silent",
+    ),
+    PrivateName(
         "optimizer_patch_step",
         "torch.optim:Optimizer._patch_step_function",
         "2.13",

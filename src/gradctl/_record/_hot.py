@@ -194,8 +194,16 @@ def data_wrap(
     return wrap
 
 
-def clip_wrap(extend: Callable[[Any], None], faults: Faults) -> Callable[[Any], Any]:
-    """Return the wrap of the function that clips by norm: it is told the norm before clipping."""
+def clip_wrap(
+    extend: Callable[[Any], None], faults: Faults, bad_norm: Callable[[Any, Any], None]
+) -> Callable[[Any], Any]:
+    """Return the wrap of the function that clips by norm: it is told the norm before clipping.
+
+    Args:
+        extend: takes five atoms at a time.
+        faults: where our own faults go.
+        bad_norm: called with the parameters and the norm when that is NaN or inf.
+    """
     dispatch_modes = _quiet.dispatch_modes
 
     def wrap(inner: Any) -> Any:
@@ -208,6 +216,8 @@ def clip_wrap(extend: Callable[[Any], None], faults: Faults) -> Callable[[Any], 
                 elif isinstance(total_norm, float):
                     norm = total_norm
                 extend((CLIP, _get_ident(), norm, float(max_norm), None))
+                if type(norm) is float and norm - norm != 0.0:
+                    bad_norm(parameters, total_norm)
             except Exception as error:
                 faults.caught("clip", error)
             return inner(parameters, max_norm, total_norm, *args, **kwargs)

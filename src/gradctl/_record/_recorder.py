@@ -25,6 +25,7 @@ from gradctl._record._faults import Faults
 from gradctl._record._gradients import parameters_of
 from gradctl._record._losses import Losses
 from gradctl._record._norms import NormTier, gradient_getter
+from gradctl._record._order import Order
 from gradctl._record._quiet import is_capturing
 from gradctl._record._remembered import SavedOnce
 from gradctl._record._rows import RowTier
@@ -103,6 +104,13 @@ class Recorder:
         self._saved = SavedOnce(journal, self.costs, self._names, self._describer.fqns, lines=lines)
         self._ddp = DataParallelTimes(journal)
         self._compiler = CompilerSkip()
+        self._order = Order(
+            journal,
+            self.faults,
+            self.costs,
+            optimizers=self._live_optimizers,
+            state_of=lambda optimizer: self.states.get(id(optimizer)),
+        )
         self._stream = self._new_stream()
         self._functorch = 0
         self._uncounted = 0
@@ -147,7 +155,10 @@ class Recorder:
                 "optimizers that never step",
                 lambda: _taps.optimizer_created.subscribe(self._wrap_created, order="record"),
             ),
-            ("clipping", lambda: _taps.clip.subscribe(_hot.clip_wrap(extend, faults), order="record")),
+            (
+                "clipping",
+                lambda: _taps.clip.subscribe(_hot.clip_wrap(extend, faults, self._order.bad_norm), order="record"),
+            ),
             ("the loss scale", lambda: _taps.scaler_scale.subscribe(self._losses.scale_wrap, order="record")),
             ("skipped steps", lambda: _taps.scaler_step.subscribe(self._wrap_scaler_step, order="record")),
             (
@@ -169,6 +180,7 @@ class Recorder:
                 self._handles.append(subscribe())
             except (AttributeError, ImportError) as error:  # a private name that this torch does not have
                 self._not_seen[what] = f"this torch has no place to listen: {error}"
+        self._order.begin()
 
     def drain(self) -> None:
         """Write what has been seen so far, open blocks too, so that a reader of the journal knows every step.
@@ -226,6 +238,7 @@ class Recorder:
         self._drain.forget()
         self._rows.waiting.clear()
         self._events.forget()
+        self._order.after_fork_in_child()
         self._forget_states()
         self._stream = self._new_stream()
         self._saved.renew()
@@ -244,6 +257,7 @@ class Recorder:
         for handle in handles:
             handle.remove()
         self._hot.before_backward = self._hot.after_backward = None
+        self._order.stop()
         self._saved.stop()
 
     def _forget(self) -> None:
@@ -271,6 +285,9 @@ class Recorder:
         if tier == "backward":
             self._losses.off = True
             self._hot.before_backward = self._hot.after_backward = None
+            return
+        if tier == "order":
+            self._order.stop()
             return
         # Without stamps nothing else has a meaning.
         self.faults.off.add("all")
@@ -440,6 +457,7 @@ class Recorder:
                 if after == before and result is None and getattr(type(optimizer).step, "hooked", False):
                     scale = scaler._scale
                     self._events.skip(state, before + 1, float(scale) if scale is not None else None)
+                    self._order.skipped(optimizer)
             except Exception as error:
                 self.faults.caught("events", error)
             return result
@@ -480,12 +498,12 @@ class Recorder:
             self._hot.after_backward = None
         return None
 
+    def _live_optimizers(self) -> list[Any]:
+        found = [reference() for reference in [*self._created.values(), *self._optimizers.values()]]
+        return list({id(optimizer): optimizer for optimizer in found if optimizer is not None}.values())
+
     def _all_parameters(self) -> list[Tensor]:
-        found: dict[int, Tensor] = {}
-        for reference in [*self._created.values(), *self._optimizers.values()]:
-            optimizer = reference()
-            for param in parameters_of(optimizer) if optimizer is not None else []:
-                found[id(param)] = param
+        found = {id(param): param for one in self._live_optimizers() for param in parameters_of(one)}
         return list(found.values())
 
     # -- the drain ----------------------------------------------------------------------------------------------------
@@ -518,6 +536,7 @@ class Recorder:
                 self._ddp.ask(latest.steps)
                 if latest.steps >= _OUTSIDE_AT:
                     self._events.unoptimized({id(param) for param in self._all_parameters()})
+                self._order.tick(latest, self._optimizer(latest))
             if self.journal.failed is None and states:
                 self.journal.flush()
                 self.journal.tail(self._drain.open_blocks, now=now)
@@ -547,6 +566,7 @@ class Recorder:
                 self._events.none(state)
             self._events.stall(state)
         self._events.unoptimized({id(param) for param in self._all_parameters()})
+        self._order.finish(whole=how == "exit" and exc is None and not code and self._watched is None)
         if all(state.source == "backward" for state in states) and self._drain.backwards and not self._uncounted:
             self._events.never_stepped(self._made, self._drain.backwards)
         if self._hot.latest is not None:

@@ -85,15 +85,7 @@ scaler_step = AttributeTap("scaler_step", _at("torch.amp.grad_scaler:GradScaler.
 scaler_call = AttributeTap("scaler_call", _at("torch.amp.grad_scaler:GradScaler.step"))
 scaler_unscale = AttributeTap("scaler_unscale", _at("torch.amp.grad_scaler:GradScaler.unscale_"))
 scaler_update = AttributeTap("scaler_update", _at("torch.amp.grad_scaler:GradScaler.update"))
-scheduler_step = AttributeTap(
-    "scheduler_step",
-    _at(
-        *(
-            f"torch.optim.lr_scheduler:{kind}.step"
-            for kind in ("LRScheduler", "SequentialLR", "ChainedScheduler", "CosineAnnealingWarmRestarts")
-        )
-    ),
-)
+scheduler_moves = AttributeTap("scheduler_moves", _at("torch.optim.lr_scheduler:_enable_get_lr_call.__enter__"))
 data_next = AttributeTap("data_next", _at("torch.utils.data.dataloader:_BaseDataLoaderIter.__next__"))
 function_apply = AttributeTap("function_apply", _function_apply)
 retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
@@ -143,7 +135,7 @@ ALL = (
     scaler_call,
     scaler_unscale,
     scaler_update,
-    scheduler_step,
+    scheduler_moves,
     data_next,
     function_apply,
     retain_grad,
