@@ -11,7 +11,9 @@ arrives and adds it up in float32.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,44 +28,44 @@ class Masters:
     Args:
         named: the parameters, float32 or `dtype`; the latter become float32 until `remove`.
         dtype: of the copies.
+
+    Attributes:
+        is_open: whether the parameters' data are the copies.
     """
 
     def __init__(self, named: Mapping[str, Parameter], dtype: torch.dtype) -> None:
         self._parameters = list(named.values())
         self._were = [parameter.dtype for parameter in self._parameters]
         self._dtype = dtype
-        self._copies: list[Tensor] = []
-        self._masters: list[Tensor] = []
-        self._versions: list[int] = []
+        self.is_open = False
         with torch.no_grad():
             for parameter in self._parameters:
                 widen(parameter)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the parameters' data are the copies."""
-        return bool(self._masters)
+        self._masters = [parameter.data for parameter in self._parameters]
+        self._copies = [torch.empty_like(master, dtype=dtype) for master in self._masters]
+        self._versions: list[int] = []
 
     def open(self) -> None:
         """Put the copies, cast afresh, in place of the weights; an open window stays as it is."""
-        if self._masters or not self._parameters:
+        if self.is_open:
             return
-        masters = [parameter.data for parameter in self._parameters]
-        if not all(map(_same_place, self._copies, masters)) or len(self._copies) != len(masters):
-            self._copies = [torch.empty_like(master, dtype=self._dtype) for master in masters]
-        copy_all(self._copies, masters)
+        for index, parameter in enumerate(self._parameters):
+            if parameter.data_ptr() != self._masters[index].data_ptr():  # moved, or given other data by hand
+                self._masters[index] = parameter.data
+                self._copies[index] = torch.empty_like(parameter, dtype=self._dtype)
+        copy_all(self._copies, self._masters)
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             parameter.data = copy
-        self._masters = masters
         self._versions = [parameter._version for parameter in self._parameters]
+        self.is_open = True
 
     def close(self) -> None:
         """Put the weights back. What the program has written into a copy meanwhile is taken over."""
-        masters, self._masters = self._masters, []
-        if not masters:
+        if not self.is_open:
             return
+        self.is_open = False
         for parameter, master, copy, version in zip(
-            self._parameters, masters, self._copies, self._versions, strict=True
+            self._parameters, self._masters, self._copies, self._versions, strict=True
         ):
             if parameter._version != version or parameter.data_ptr() != copy.data_ptr():
                 written = parameter.data
@@ -77,18 +79,23 @@ class Masters:
         with torch.no_grad():
             for parameter, dtype in zip(self._parameters, self._were, strict=True):
                 give_dtype(parameter, dtype)
-        self._parameters, self._copies = [], []
+        self._parameters, self._masters, self._copies = [], [], []
 
 
 def copy_all(into: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy tensors into others of the same shapes, casting; in one call where torch has it."""
-    foreach = private.find("foreach_copy")
-    if foreach is not None:
-        with torch.no_grad():
+    foreach = _foreach_copy()
+    with torch.no_grad():
+        if foreach is not None:
             foreach(into, values)
-        return
-    for target, value in zip(into, values, strict=True):
-        target.detach().copy_(value)
+        else:
+            for target, value in zip(into, values, strict=True):
+                target.copy_(value)
+
+
+@functools.cache
+def _foreach_copy() -> Any:
+    return private.find("foreach_copy")
 
 
 def widen(parameter: Parameter) -> None:
@@ -109,7 +116,3 @@ def give_dtype(parameter: Parameter, dtype: torch.dtype) -> None:
     parameter.grad_dtype = dtype
     if gradient is not None:
         parameter.grad = gradient.to(dtype)
-
-
-def _same_place(copy: Tensor, master: Tensor) -> bool:
-    return copy.shape == master.shape and copy.device == master.device and copy.stride() == master.stride()

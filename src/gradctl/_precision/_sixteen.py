@@ -73,56 +73,49 @@ class _Part:
 
     def __init__(self, named: Mapping[str, Parameter], rounding: Rounding, generator: torch.Generator | None) -> None:
         self.named = dict(named)
-        self._generator = generator
         parameters = list(self.named.values())
         with torch.no_grad():
             for parameter in parameters:
                 widen(parameter)
         self._layout = [_layout(parameter) for parameter in parameters]
         self._numels = [parameter.numel() for parameter in parameters]
+        self._count = sum(self._numels)
         device = parameters[0].device
-        count = sum(self._numels)
-        self._lower = torch.zeros(count, dtype=torch.int16, device=device) if rounding == "compensated" else None
+        self._lower = torch.zeros(self._count, dtype=torch.int16, device=device) if rounding == "compensated" else None
+        # The first rounding is to the nearest: no step was taken whose part might get lost.
+        self._generator: torch.Generator | None = None
+        self._flat: Tensor | None = torch.empty(self._count, dtype=torch.float32, device=device)
+        self._wide_data = self._views(self._flat)
         self._narrow_data = [torch.empty_like(parameter, dtype=torch.bfloat16) for parameter in parameters]
-        self._wide = torch.empty(count, dtype=torch.float32, device=device)
-        copy_all(self._views(self._wide), [parameter.data for parameter in parameters])
-        if self._lower is not None:
-            self._put(self._views(self._wide))
-            self.narrow()
-        else:  # rounded once and not by a step: to the nearest
-            copy_all(self._narrow_data, self._views(self._wide))
-            self._put(self._narrow_data)
-            self._wide = None
+        copy_all(self._wide_data, [parameter.data for parameter in parameters])
+        self._put(self._wide_data)
+        self.narrow()
+        self._generator = generator
 
     def widen(self) -> None:
         # The flat tensor is made anew: between steps its memory belongs to activations.
-        self._narrow_data = narrow = [parameter.data for parameter in self.named.values()]
-        device = narrow[0].device
-        self._wide = wide = torch.empty(sum(self._numels), dtype=torch.float32, device=device)
-        if self._lower is None:
-            copy_all(self._views(wide), narrow)
-        else:
-            upper = torch.empty(wide.shape, dtype=torch.bfloat16, device=device)
-            copy_all(self._views(upper), narrow)
-            self._lower = self._lower.to(device)
-            join(upper, self._lower, into=wide)
-        self._put(self._views(wide))
+        self._narrow_data = [parameter.data for parameter in self.named.values()]
+        self._flat = flat = torch.empty(self._count, dtype=torch.float32, device=self._narrow_data[0].device)
+        self._wide_data = self._views(flat)
+        copy_all(self._wide_data, self._narrow_data)
+        if self._lower is not None:
+            self._lower = self._lower.to(flat.device)
+            join(flat, self._lower)
+        self._put(self._wide_data)
 
     def narrow(self) -> None:
-        wide = self._wide
-        assert wide is not None
-        for parameter, view in zip(self.named.values(), self._views(wide), strict=True):
+        flat = self._flat
+        assert flat is not None
+        for parameter, view in zip(self.named.values(), self._wide_data, strict=True):
             if parameter.data_ptr() != view.data_ptr():  # an optimizer that writes `p.data = ...`
                 view.copy_(parameter.data)
-        upper = torch.empty(wide.shape, dtype=torch.bfloat16, device=wide.device)
-        if self._lower is None:
-            assert self._generator is not None
-            round_stochastically(wide, self._generator, into=upper)
-        else:
-            split(wide, upper=upper, lower=self._lower)
-        copy_all(self._narrow_data, self._views(upper))
+        if self._lower is not None:
+            split(flat, lower=self._lower)
+        elif self._generator is not None:
+            round_stochastically(flat, self._generator)
+        copy_all(self._narrow_data, self._wide_data)
         self._put(self._narrow_data)
-        self._wide = None
+        self._flat, self._wide_data = None, []
 
     def remainders(self) -> dict[str, Tensor]:
         return {} if self._lower is None else dict(zip(self.named, self._views(self._lower), strict=True))
