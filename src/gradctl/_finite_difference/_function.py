@@ -57,19 +57,48 @@ def compare_function(
     seed: int = 0,
 ) -> Comparison:
     """Do what `mismatches` does, and return all that was measured."""
+    return compare_in_double(
+        lambda convert: function_subject(fn, args, kwargs, names, convert),
+        [tensor for _, tensor in tensors([args, kwargs])],
+        probes=probes,
+        order=order,
+        seed=seed,
+    )
+
+
+def compare_in_double(
+    build: Callable[[Callable[[Tensor], Tensor]], Subject],
+    given: Sequence[Tensor],
+    *,
+    probes: int = 3,
+    order: int = 1,
+    seed: int = 0,
+) -> Comparison:
+    """Compare in float64, or in the dtypes that were given when the function fails with float64.
+
+    Args:
+        build: makes the subject, with every tensor converted by the function that it is given.
+        given: all tensors that take part, in their own dtypes.
+        probes: how many random directions.
+        order: 2 compares the gradient of the gradient.
+        seed: of the directions.
+
+    Raises:
+        UsageError: see `mismatches`.
+    """
     try:
         with double_by_default():
-            return compare(function_subject(fn, args, kwargs, names, double), probes=probes, seed=seed, order=order)
+            return compare(build(double), probes=probes, seed=seed, order=order)
     except UsageError:
         raise
     except Exception as refused:
-        given = [tensor for _, tensor in tensors([args, kwargs]) if differentiable(tensor)]
-        if all(tensor.dtype in (torch.float64, torch.complex128) for tensor in given):
+        dtypes = {tensor.dtype for tensor in given if differentiable(tensor)}
+        if dtypes <= {torch.float64, torch.complex128}:
             raise
-        half = next((tensor.dtype for tensor in given if tensor.dtype in _HALVES), None)
+        half = next((dtype for dtype in _HALVES if dtype in dtypes), None)
         if half is not None:
             raise no_half(half, refused) from refused
-        return compare(function_subject(fn, args, kwargs, names, as_given), probes=probes, seed=seed, order=order)
+        return compare(build(as_given), probes=probes, seed=seed, order=order)
 
 
 def function_subject(
@@ -78,18 +107,35 @@ def function_subject(
     kwargs: Mapping[str, Any],
     names: Sequence[str],
     convert: Callable[[Tensor], Tensor],
+    *,
+    wanted: Sequence[str] | None = None,
 ) -> Subject:
-    """Describe a function of its arguments: those that require a gradient, or all floating ones when none does."""
+    """Describe a function of its arguments.
+
+    Args:
+        fn: the function.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        names: of the positional ones.
+        convert: makes the values, and what is passed beside them, from the arguments' tensors.
+        wanted: paths of the tensors that are values; by default of those that require a gradient, or of all floating
+            ones when none does.
+
+    Raises:
+        UsageError: no tensor is a value, and none was asked for.
+    """
     labelled = [(name, value) for name, value in zip(names, args, strict=True)] + list(kwargs.items())
     every = [pair for name, value in labelled for pair in tensors(value, name)]
-    wanted = {name for name, tensor in every if tensor.requires_grad and differentiable(tensor)}
-    wanted = wanted or {name for name, tensor in every if differentiable(tensor)}
-    if not wanted:
-        raise UsageError(
-            "no input has a derivative",
-            what="inputs: " + (", ".join(f"{n} ({str(t.dtype).removeprefix('torch.')})" for n, t in every) or "none"),
-            fix="pass at least one tensor of a floating or complex dtype",
-        )
+    if wanted is None:
+        floating = [(name, tensor) for name, tensor in every if differentiable(tensor)]
+        wanted = [name for name, tensor in floating if tensor.requires_grad] or [name for name, _ in floating]
+        if not wanted:
+            kinds = ", ".join(f"{name} ({str(tensor.dtype).removeprefix('torch.')})" for name, tensor in every)
+            raise UsageError(
+                "no input has a derivative",
+                what=f"inputs: {kinds or 'no tensor'}",
+                fix="pass at least one tensor of a floating or complex dtype",
+            )
     chosen = [(name, tensor) for name, tensor in every if name in wanted]
     position = {name: i for i, (name, _) in enumerate(chosen)}
     fixed = {name: convert(tensor.detach()) for name, tensor in every if name not in wanted}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Point:
         if not pairs:
             return [None] * len(self.values)
         self.num_backwards += 1
-        found: Sequence[Tensor | None] = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             [out for out, _ in pairs],
             self._leaves,
             [cotangent for _, cotangent in pairs],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -59,7 +60,7 @@ def twice(subject: Subject, states: RandomStates, seed: int) -> Subject:
         pairs = [(outputs[i], u) for i, u in zip(chosen, leaves[count:], strict=True) if outputs[i].requires_grad]
         if not pairs:
             return [torch.zeros_like(leaf) for leaf in leaves[:count]]
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+        found: Any = torch.autograd.grad(
             [out for out, _ in pairs],
             list(leaves[:count]),
             [u for _, u in pairs],
