@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,38 +19,38 @@ CALLABLE = "pass a function that computes the loss: it is run with the math back
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The nodes of a graph, and which of the wanted tensors they lead to."""
+    """The nodes of a graph by the names of their operations, and which of the wanted tensors they lead to."""
 
-    nodes: tuple[Node, ...]
+    nodes: dict[str, list[Node]]
     used: tuple[bool, ...]
 
-    def named(self, prefix: str) -> Node | None:
-        """Return a node whose name begins so, if there is one."""
-        return next((node for node in self.nodes if node.name().startswith(prefix)), None)
+    def has(self, *prefixes: str) -> bool:
+        """Whether the name of an operation begins so."""
+        return any(name.startswith(prefixes) for name in self.nodes)
 
 
 def walk(roots: Sequence[Tensor], tensors: Sequence[Tensor]) -> Reached:
     """Find every node below `roots`, and which of `tensors` are reached."""
-    places = [_place(tensor) for tensor in tensors]
+    places = [tensor.grad_fn for tensor in tensors]
     queue = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen: dict[Node, None] = dict.fromkeys(queue)
-    leaves: set[int] = {id(root) for root in roots}
+    seen: set[Node] = set(queue)
+    leaves = {id(root) for root in roots}
+    nodes: dict[str, list[Node]] = {}
     while queue:
         node: Node = queue.pop()
-        if node.name() == "torch::autograd::AccumulateGrad":
+        name = node.name()
+        if name == "torch::autograd::AccumulateGrad":
             leaves.add(id(node.variable))
+            continue
+        nodes.setdefault(name, []).append(node)
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
-                seen[below] = None
+                seen.add(below)
                 queue.append(below)
     used = tuple(
         id(tensor) in leaves if place is None else place in seen for tensor, place in zip(tensors, places, strict=True)
     )
-    return Reached(tuple(seen), used)
-
-
-def _place(tensor: Tensor) -> Node | None:
-    return tensor.grad_fn
+    return Reached(nodes, used)
 
 
 def leads_to(node: Node, tensors: Sequence[Tensor]) -> bool:
@@ -75,21 +75,22 @@ def refuse_no_second_derivative(reached: Reached, tensors: Sequence[Tensor]) -> 
     Raises:
         NoSecondDerivative: names the operation, and what has a second derivative instead.
     """
-    for node in reached.nodes:
-        found = _fault(node)
-        if found is not None and leads_to(node, tensors):
-            raise found
+    for name, nodes in reached.nodes.items():
+        for node in nodes:
+            found = _fault(node, name)
+            if found is None and name != "EmbeddingBackward0" and not hasattr(node, "_forward_cls"):
+                break  # one operation of torch's own speaks for all of its name
+            if found is not None and leads_to(node, tensors):
+                raise found
 
 
 def notes_of(reached: Reached, tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Say what a product through this graph holds constant."""
-    found: list[str] = []
-    for node in reached.nodes:
-        if node.name() == "EmbeddingBackward0" and _padding(node) is not None and leads_to(node, tensors):
-            found.append(
-                f"row {_padding(node)} of an embedding is its padding: held constant, as its gradient is always zero"
-            )
-    return tuple(found)
+    return tuple(
+        f"row {_padding(node)} of an embedding is its padding: held constant, as its gradient is always zero"
+        for node in reached.nodes.get("EmbeddingBackward0", ())
+        if _padding(node) is not None and leads_to(node, tensors)
+    )
 
 
 def _padding(node: Node) -> int | None:
@@ -97,8 +98,7 @@ def _padding(node: Node) -> int | None:
     return padding if 0 <= padding < 1 << 62 else None
 
 
-def _fault(node: Node) -> NoSecondDerivative | None:
-    name: str = node.name()
+def _fault(node: Node, name: str) -> NoSecondDerivative | None:
     if name.startswith("ScaledDotProduct"):
         return NoSecondDerivative(
             f"{name.removesuffix('Backward0')} has no second derivative",
@@ -184,7 +184,7 @@ def _kept_without_graph(node: Node) -> list[Tensor]:
 
 
 @contextlib.contextmanager
-def math_attention() -> Iterator[None]:
+def math_attention() -> Generator[None]:
     """Compute attention with the one backend that has second derivatives."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -193,7 +193,7 @@ def math_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def plain_arithmetic(device: torch.device) -> Iterator[None]:
+def plain_arithmetic(device: torch.device) -> Generator[None]:
     """Differentiate outside of autocast, whatever the caller has switched on."""
     if torch.is_autocast_enabled(device.type):
         with torch.autocast(device.type, enabled=False):

@@ -168,7 +168,7 @@ def hold_used(reached: Reached, of: Variables, unused: Unused, *, what: str) -> 
 
 def softmax_note(reached: Reached) -> tuple[str, ...]:
     """Say that attention ran on the math backend, when the graph can hold attention at all."""
-    if reached.named("Softmax") is not None or reached.named("SafeSoftmax") is not None:
+    if reached.has("Softmax", "SafeSoftmax"):
         return (MATH_NOTE,)
     return ()
 
@@ -263,8 +263,9 @@ class TwiceBackward:
         self._us = [torch.zeros_like(value, requires_grad=True) for value in like]
         with torch.enable_grad():
             found = torch.autograd.grad(cast("Any", outputs), inputs, self._us, create_graph=True, allow_unused=True)
-        self._live = [number for number, each in enumerate(found) if each is not None and each.requires_grad]
-        self._transposed = [cast("Tensor", found[number]) for number in self._live]
+        each = cast("Sequence[Tensor | None]", found)
+        self._live = [number for number, value in enumerate(each) if value is not None and value.requires_grad]
+        self._transposed = [found[number] for number in self._live]
 
     def forth(self, v: Values) -> list[Tensor]:
         """Return J v, one tensor an output."""
@@ -311,12 +312,12 @@ class GGNOperator(LinearOperator):
         self.notes = notes_of(reached, of.tensors) + (softmax_note(reached) if own else ())
         self._edges = split(value, given, of.tensors)
 
-        def build() -> TwiceBackward:
-            self._cotangents = torch.autograd.grad(value, self._edges, create_graph=True)
-            return TwiceBackward(self._edges, self._cotangents, of.tensors)
+        def build() -> tuple[tuple[Tensor, ...], TwiceBackward]:
+            cotangents = torch.autograd.grad(value, self._edges, create_graph=True)
+            return cotangents, TwiceBackward(self._edges, cotangents, of.tensors)
 
         with torch.enable_grad(), plain_arithmetic(of.device):
-            self._jacobian = differentiate(build, again="the operator")
+            self._cotangents, self._jacobian = differentiate(build, again="the operator")
         self._curved = [number for number, each in enumerate(self._cotangents) if each.requires_grad]
         self.loss = value.detach()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gradctl._derivatives._forward import Buffers, bound, run, scalar, tangent_of, tangents, with_graph
+from gradctl._derivatives._forward import Buffers, bound, scalar, tangent_of, tangents, with_graph
 from gradctl._derivatives._graph import differentiate, math_attention, plain_arithmetic, walk
 from gradctl._derivatives._operators import (
     GGNOperator,
@@ -209,14 +209,32 @@ class _NotCarried(Exception):
 
 
 class _Watch(TorchFunctionMode):
-    """Sees whether a function switches gradients off: a tangent passes where the graph is cut."""
+    """Sees whether a function switches gradients off, where a tangent would pass; and what enters its losses."""
 
-    cut = False
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = False
+        self.entering: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._C._set_grad_enabled and not args[0]:
             self.cut = True
+        elif getattr(func, "__name__", None) in _LOSSES and args and isinstance(args[0], Tensor):
+            self.entering.append(args[0])
         return func(*args, **(kwargs or {}))
+
+
+_LOSSES = frozenset(
+    (
+        "cross_entropy_loss",
+        "log_softmax",
+        "mse_loss",
+        "binary_cross_entropy_with_logits",
+        "huber_loss",
+        "smooth_l1_loss",
+        "soft_margin_loss",
+    )
+)
 
 
 def _carried(compute: Callable[[], Any], method: str, *, needs: str) -> Any:
@@ -238,44 +256,65 @@ def _carried(compute: Callable[[], Any], method: str, *, needs: str) -> Any:
         return None
 
 
-def _watched(function: Callable[[], Any], state: Buffers) -> Any:
-    with state.remembering(), _Watch() as watch, torch.enable_grad(), math_attention():
-        watch.cut = False
+def _watched(function: Callable[[], Any], state: Buffers) -> tuple[Any, list[Tensor]]:
+    with state.remembering(), torch.enable_grad(), math_attention(), _Watch() as watch:
         found = function()
     if watch.cut:
         raise _NotCarried("a part of the function runs under no_grad, which a tangent would pass")
-    return found
+    return found, watch.entering
 
 
 def _ggn_dual(
     function: Callable[[], Any], of: Variables, values: Sequence[Tensor], state: Buffers, unused: Unused
 ) -> list[Tensor]:
-    with tangents(of.tensors, values), plain_arithmetic(of.device):
-        loss, outputs = loss_and_outputs(_watched(function, state), None, own=True)
+    with tangents(of.tensors, values):
+        found, entering = _watched(function, state)
+        loss, outputs = loss_and_outputs(found, None, own=True)
         edges = split(loss, outputs, of.tensors)
-        if unused == "error":
-            hold_used(walk([loss], of.tensors), of, unused, what="loss")
-        cotangents = torch.autograd.grad(loss, edges, retain_graph=True)
-        # Forward over reverse, of the loss alone: the tangent of its gradient is H J v.
-        bent = [(each, tangent_of(each)) for each in cotangents]
-    weights = [torch.zeros_like(each) if bend is None else bend for each, bend in bent]
+        at = {(each.grad_fn, each.output_nr): each for each in (outputs or entering)}
+        seen = [at.get((edge.node, edge.output_nr)) for edge in edges]
+        moved = [None if output is None else tangent_of(output) for output in seen]
+        if None in seen:
+            # Forward over reverse, of the loss alone: the tangent of its gradient is H J v. Slower for small outputs.
+            with plain_arithmetic(of.device):
+                bent = [tangent_of(each) for each in torch.autograd.grad(loss, edges, retain_graph=True)]
+        else:
+            bent = None
+    if unused == "error":
+        hold_used(walk([loss], of.tensors), of, unused, what="loss")
     with plain_arithmetic(of.device):
-        found = torch.autograd.grad(edges, of.tensors, weights, allow_unused=True)
-    if all(each is None for each in found):
+        if bent is None:
+            bent = _bend(loss, edges, moved)
+        live = [number for number, each in enumerate(bent) if each is not None]
+        back: Sequence[Tensor | None] = [None] * len(of.tensors)
+        if live:
+            back = torch.autograd.grad(
+                [edges[number] for number in live], of.tensors, [bent[number] for number in live], allow_unused=True
+            )
+    if not any(isinstance(each, Tensor) for each in back):
         hold_used(walk([scalar(loss)], of.tensors), of, unused, what="loss")
-    return zeros_for(found, of.tensors)
+    return zeros_for(back, of.tensors)
+
+
+def _bend(loss: Tensor, edges: Sequence[Any], moved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Return the Hessian of the loss in the outputs, times how they move; None where it is zero."""
+    with torch.enable_grad():
+        cotangents = torch.autograd.grad(loss, edges, create_graph=True)
+    pairs = [(each, way) for each, way in zip(cotangents, moved, strict=True) if each.requires_grad and way is not None]
+    if not pairs:
+        return [None] * len(edges)
+    return torch.autograd.grad(
+        [each for each, _ in pairs], edges, [way for _, way in pairs], retain_graph=True, allow_unused=True
+    )
 
 
 def _jvp_forward(
     function: Callable[[], Any], of: Variables, values: Sequence[Tensor], state: Buffers, unused: Unused
 ) -> tuple[Variables, list[Tensor]]:
     with tangents(of.tensors, values):
-        found = _watched(function, state)
+        found, _ = _watched(function, state)
         to = variables(cast("Wanted", found), called="outputs", needs_grad=False)
         with_graph(to.tensors, called="output")
         hold_used(walk(to.tensors, of.tensors), of, unused, what="output")
         moved = [tangent_of(output) for output in to.tensors]
     return Variables(tuple(output.detach() for output in to.tensors), to.names, to.form), zeros_for(moved, to.tensors)
-
-
-__all__ = ["ggnvp", "hvp", "jvp", "run", "vjp"]

@@ -10,17 +10,27 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from gradctl._errors import UsageError
 
+# Operations that pass a loss on linearly, when one of their inputs depends on the parameters.
 _LINEAR = frozenset(
     f"{name}Backward{number}"
     for name in (
-        "Mean Sum Div Mul Neg Add Sub View ReshapeAlias UnsafeView Squeeze Unsqueeze Select Slice Index Gather Where "
-        "MaskedFill NllLoss NllLoss2D Stack Cat ToCopy Alias T Transpose Permute Clone Expand KlDiv"
-    ).split()
+        *("Mean", "Sum", "Div", "Mul", "Neg", "Add", "Sub", "NllLoss", "NllLoss2D", "KlDiv", "Where", "MaskedFill"),
+        *("View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "Index", "Gather"),
+        *("Stack", "Cat", "ToCopy", "Alias", "T", "Transpose", "Permute", "Clone", "Expand"),
+    )
     for number in (0, 1, 2)
 )
 _HEADS = frozenset(
     f"{name}Backward0"
-    for name in "LogSoftmax MseLoss BinaryCrossEntropyWithLogits SmoothL1Loss HuberLoss SoftMarginLoss LogSigmoid".split()
+    for name in (
+        "LogSoftmax",
+        "MseLoss",
+        "BinaryCrossEntropyWithLogits",
+        "SmoothL1Loss",
+        "HuberLoss",
+        "SoftMarginLoss",
+        "LogSigmoid",
+    )
 )
 _SEVERAL = frozenset(f"{name}Backward{number}" for name in ("Add", "Sub", "Stack", "Cat", "Where") for number in (0, 1))
 _FIX = "pass outputs=, the tensors that the loss is computed from; a function returns (loss, outputs)"
