@@ -203,6 +203,8 @@ def near_matches(named: Mapping[str, Any], pattern: str) -> list[str]:
         lower.setdefault(candidate.lower(), candidate)
     # All layers look alike: of the near ones, those of the wanted depth first.
     close = difflib.get_close_matches(wanted.lower(), list(lower), n=3 * _NEAR, cutoff=0.6)
+    ratios = [difflib.SequenceMatcher(None, name, wanted.lower()).ratio() for name in close]
+    close = [name for name, ratio in zip(close, ratios, strict=True) if ratio > ratios[0] - 0.1]
     close.sort(key=lambda name: name.count(".") != wanted.count("."))
     if kind:
         return [sign + lower[name] for name in close[:_NEAR]]

@@ -1,0 +1,292 @@
+"""`freeze` and `unfreeze`: what one call holds, and how it is let go."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch.nn import Module, Parameter
+
+from gradctl._errors import UsageError
+from gradctl._freeze import _flags, _modes, _refusals, _rows, _watch
+from gradctl._freeze._layers import Layer
+from gradctl._freeze._parts import frozen_part, keeps_statistics
+from gradctl._names._patterns import Pattern, named_modules, named_parameters, select, unwrapped
+
+F = TypeVar("F", bound=Callable[..., Any])
+DropoutMode = Literal["keep", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What was asked for; nothing is touched by making one."""
+
+    model: Module
+    patterns: tuple[Pattern, ...]
+    layer: Layer
+    trains: bool
+    norm_stats: bool = True
+    dropout: DropoutMode = "keep"
+    optimizers: tuple[torch.optim.Optimizer, ...] = ()
+    rows: Mapping[Pattern, Any] | None = None
+    nothing_left: Literal["refuse", "allow"] = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A parameter and where it stands: `fully_shard` puts another there."""
+
+    name: str
+    module: Module
+    key: str
+    parameter: Parameter
+
+    def current(self) -> Parameter:
+        """Return the parameter that stands there now."""
+        try:
+            return self.module.get_parameter(self.key)
+        except AttributeError:  # a parametrization took it elsewhere
+            return self.parameter
+
+
+class Holding:
+    """What one call holds now.
+
+    Args:
+        request: what to hold.
+
+    Raises:
+        FreezeRefused: it would not hold; nothing was changed.
+        PatternMatchesNothing: a pattern names nothing; nothing was changed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        # Of its own: a decorated function that calls itself holds twice.
+        self._layer = Layer(request.layer.call, request.layer.place)
+        self._slots: list[Slot] = []
+        self._rows: list[Slot] = []
+        self._modes: list[tuple[Module, _modes.Train]] = []
+        model = unwrapped(request.model)
+        named = named_parameters(model)
+        chosen, rows = self._checked(model, named)
+        self.names = tuple(chosen)
+        self.row_texts = tuple(f"{choice.text} of {name}" for name, choice in rows)
+        with _watch.lock:
+            try:
+                self._take(model, chosen, rows)
+            except BaseException:
+                self._let_go()
+                raise
+            finally:
+                _watch.renew()
+
+    def _checked(
+        self, model: Module, named: dict[str, Parameter]
+    ) -> tuple[dict[str, Parameter], list[tuple[str, _rows.Rows]]]:
+        request = self._request
+        call = "freeze" if not request.trains else "unfreeze"
+        patterns = request.patterns or (() if request.rows else ("*",))
+        if not named:
+            raise UsageError(f"{call} of {type(model).__name__}", what="it has no parameters")
+        chosen = select(named, patterns)
+        if patterns and not chosen:
+            raise UsageError(f"{call}: nothing is left of what the patterns choose", what=f"{len(patterns)} patterns")
+        rows = [
+            (name, _rows.read_rows(name, parameter, wanted))
+            for pattern, wanted in (request.rows or {}).items()
+            for name, parameter in select(named, [pattern]).items()
+        ]
+        touched = chosen | {name: named[name] for name, _ in rows}
+        _refusals.refuse_half_of_a_tie(named, touched, call)
+        _refusals.refuse_under_ddp(model, chosen, call)
+        if request.trains:
+            _refusals.refuse_what_cannot_train(chosen)
+        elif request.nothing_left == "refuse" and chosen:
+            _refusals.refuse_nothing_left(model, named, chosen)
+        if request.optimizers:
+            why = "they would get gradients and never move" if request.trains else "it is not this optimizer's to move"
+            _refusals.refuse_not_in_optimizer(touched, request.optimizers, why)
+            if not request.trains:
+                _refusals.refuse_lbfgs(request.optimizers)
+        return chosen, rows
+
+    def _take(self, model: Module, chosen: dict[str, Parameter], rows: list[tuple[str, _rows.Rows]]) -> None:
+        request, layer = self._request, self._layer
+        modules = named_modules(model)
+        seen: set[int] = set()
+        for name, parameter in chosen.items():
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                self._slots.append(_slot(modules, name, parameter))
+                _flags.hold(parameter, layer, trains=request.trains, gone=_watch.renew)
+        named = named_parameters(model)
+        for name, choice in rows:
+            slot = _slot(modules, name, named[name])
+            self._rows.append(slot)
+            site = _rows.Site(name, slot.module, slot.key, slot.parameter)
+            _rows.hold(slot.parameter, choice, layer, site=site, gone=_watch.renew)
+        if request.trains:
+            for module in _wholly_in(model, seen):
+                if _modes.train_of(module) is not None:
+                    self._modes.append((module, _modes.hold(module, layer, trains=True)))
+        elif chosen:
+            for module in frozen_part(model, seen):
+                asked = request.norm_stats if keeps_statistics(module) else request.dropout == "off"
+                if asked:
+                    self._modes.append((module, _modes.hold(module, layer, trains=False)))
+
+    def release(self) -> None:
+        """Let everything go.
+
+        Raises:
+            FreezeRefused: a wrapper that was made meanwhile would not follow; everything stays held.
+        """
+        changing = {slot.name: slot.current() for slot in self._slots if self._changes(slot)}
+        verb = "freeze" if self._request.trains else "unfreeze"
+        _refusals.refuse_under_ddp(unwrapped(self._request.model), changing, verb)
+        with _watch.lock:
+            self._let_go()
+            _watch.renew()
+
+    def _changes(self, slot: Slot) -> bool:
+        """Whether letting go of this parameter changes its flag."""
+        flag = _flags.flag_of(slot.parameter) or _flags.flag_of(slot.current())
+        return flag is not None and flag.without(self._layer) != flag.value()
+
+    def _let_go(self) -> None:
+        layer = self._layer
+        for slot in reversed(self._slots):
+            current = slot.current()
+            if current is not slot.parameter:
+                _flags.move(slot.parameter, current, _watch.renew)
+            _flags.release(current, layer)
+        for slot in reversed(self._rows):
+            _rows.release(slot.parameter, layer)
+        for module, held in reversed(self._modes):
+            _modes.release(module, held, layer)
+        self._slots, self._rows, self._modes = [], [], []
+
+
+def _slot(modules: Mapping[str, Module], name: str, parameter: Parameter) -> Slot:
+    path, _, key = name.rpartition(".")
+    return Slot(name, modules[path], key, parameter)
+
+
+def _wholly_in(model: Module, chosen: set[int]) -> list[Module]:
+    """Return the modules all of whose parameters are chosen, with all that lies in them."""
+    part: dict[int, Module] = {}
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and all(id(parameter) in chosen for parameter in parameters):
+            part.update((id(below), below) for below in module.modules())
+    return list(part.values())
+
+
+class Freeze:
+    """Parameters frozen, or unfrozen, until `remove`.
+
+    It is active when it is made. `with` leaves it active and removes it at the end of the block; entered once it has
+    been removed, it starts again. As a decorator it is active while the function runs and at no other time.
+
+    Attributes:
+        names: FQNs of the parameters that it holds now, whole; empty once it is removed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._entered = 0
+        self._holding: Holding | None = Holding(request)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """FQNs of the parameters that it holds now, whole."""
+        return self._holding.names if self._holding is not None else ()
+
+    def start(self) -> Freeze:
+        """Hold again after `remove`; the patterns are read anew. Does nothing while it is held."""
+        if self._holding is None:
+            self._holding = Holding(self._request)
+        return self
+
+    def remove(self) -> None:
+        """Put everything back that no other freeze holds and nobody has set since; a second call does nothing.
+
+        Raises:
+            FreezeRefused: the model was wrapped in DDP meanwhile, which would not follow; it stays as it is.
+        """
+        if self._holding is not None:
+            self._holding.release()
+            self._holding = None
+            self._entered = 0
+
+    def __enter__(self) -> Freeze:
+        self.start()
+        self._entered += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._entered -= 1
+        if self._entered <= 0:
+            self.remove()
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function, coroutine or generator: held while it runs, and let go of now."""
+        decorated: Any = decorate(function, lambda: Freeze(self._request), self._request.layer.call)
+        self.remove()
+        return decorated
+
+    def __repr__(self) -> str:
+        if self._holding is None:
+            return f"<{self._request.layer}: removed>"
+        held = [f"{len(self.names)} parameters"] if self.names else []
+        return f"<{self._request.layer}: {', '.join([*held, *self._holding.row_texts])}>"
+
+
+def decorate(function: Any, make: Callable[[], Any], call: str) -> Any:
+    """Return `function` inside of `with make()`."""
+    if inspect.isasyncgenfunction(function) or isinstance(function, type) or not callable(function):
+        raise UsageError(
+            f"@gradctl.{call} on {function!r}"[:200],
+            what="it decorates functions, coroutines and generators",
+            fix="use it as a context manager: with gradctl.freeze(...): ...",
+        )
+    called: Any = function
+
+    @functools.wraps(function)
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        with make():
+            return await called(*args, **kwargs)
+
+    @functools.wraps(function)
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        with make():  # from the first item to the last: between items the consumer trains
+            return (yield from called(*args, **kwargs))
+
+    @functools.wraps(function)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with make():
+            return called(*args, **kwargs)
+
+    if inspect.iscoroutinefunction(function):
+        return coroutine
+    return generator if inspect.isgeneratorfunction(function) else plain
+
+
+def request_for(
+    model: Module, patterns: Sequence[Pattern], *, place: str, name: str, trains: bool, **options: Any
+) -> Request:
+    """Make the request of a call; `name` is what was called."""
+    _refusals.refuse_no_model(model, name)
+    shown = ", ".join(
+        repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
+        for pattern in patterns
+    )
+    return Request(model, tuple(patterns), Layer(f"{name}({shown})", place), trains, **options)
