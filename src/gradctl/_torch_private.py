@@ -93,6 +93,20 @@ NAMES: tuple[PrivateName, ...] = (
         "weights are cast one at a time",
     ),
     PrivateName(
+        "enter_autocast",
+        "torch.amp.autocast_mode:_enter_autocast",
+        "2.13",
+        "precision",
+        "modules cannot be kept in float32 (overrides)",
+    ),
+    PrivateName(
+        "exit_autocast",
+        "torch.amp.autocast_mode:_exit_autocast",
+        "2.13",
+        "precision",
+        "as for enter_autocast",
+    ),
+    PrivateName(
         "unscale_kernel",
         "torch:_amp_foreach_non_finite_check_and_unscale_",
         "2.13",

@@ -11,6 +11,7 @@ from torch.nn import GroupNorm, LayerNorm, Module, Parameter
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
+from gradctl import _torch_private as private
 from gradctl._names._patterns import named_modules, named_parameters, select
 from gradctl._precision._mode import Pattern
 
@@ -63,7 +64,10 @@ class Island:
 
     def __init__(self, module: Module, device_type: str) -> None:
         self._device_type = device_type
-        self._entered: list[torch.autocast | None] = []
+        # The two halves of `with torch.autocast(...)`: unlike its `__enter__`, the compiler follows them into a hook.
+        self._enter: Any = private.get("enter_autocast")
+        self._exit: Any = private.get("exit_autocast")
+        self._entered: list[Any] = []
         self._handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
             module.register_forward_hook(self._after, always_call=True),
@@ -78,15 +82,14 @@ class Island:
         if not torch.is_autocast_enabled(self._device_type):
             self._entered.append(None)
             return None
-        off = torch.autocast(self._device_type, enabled=False)
-        off.__enter__()
-        self._entered.append(off)
+        dtype = torch.get_autocast_dtype(self._device_type)
+        self._entered.append(self._enter(self._device_type, dtype, False, True))
         return _float32(args), _float32(kwargs)
 
     def _after(self, module: Module, args: Any, output: Any) -> None:
-        off = self._entered.pop() if self._entered else None
-        if off is not None:
-            off.__exit__(None, None, None)
+        entered = self._entered.pop() if self._entered else None
+        if entered is not None:
+            self._exit(entered)
 
 
 def _float32(value: Any) -> Any:

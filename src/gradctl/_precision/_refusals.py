@@ -153,12 +153,6 @@ def _check_wrappers(mode: Mode, model: Module, named: dict[str, Parameter]) -> N
                 what=f"precision {mode!r} replaces the weights that it listens to, and gradients would not be reduced",
                 fix='"bf16-autocast" and "fp16-scaled" work below and above it',
             )
-        if kind == "OptimizedModule":
-            raise PrecisionRefused(
-                f"{name or 'the model'} is compiled",
-                what=f"precision {mode!r} changes dtypes of weights around each step, and each change compiles again",
-                fix='"bf16-autocast" works with it; or attach before torch.compile(model)',
-            )
     for name, parameter in named.items():
         if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
             raise PrecisionRefused(
