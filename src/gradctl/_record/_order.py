@@ -68,13 +68,15 @@ class Order:
         self._numbers: dict[Any, int] = {}
         self._next = _NEXT
         self._skips = self._overflows = 0
-        self._ended = self._finished = False
+        self._begun = self._ended = self._finished = False
 
     # -- stretches ----------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Watch the first steps."""
-        self._open(Stretch(first=True, clean=None))
+        """Watch the first steps; a second call does nothing."""
+        if not self._begun:
+            self._begun = True
+            self._open(Stretch(first=True, clean=None))
 
     def tick(self, state: OptimizerState | None, optimizer: Any) -> None:
         """Write what is new; after a step of `optimizer`, watch a few more if it is time.
@@ -104,9 +106,11 @@ class Order:
 
     def bad_norm(self, parameters: Any, total: Any) -> None:
         """A norm to clip by is not finite: write it down if only the norm is, because its type has no larger number."""
-        if self._overflows >= _OVERFLOWS or not isinstance(total, Tensor) or total.dtype is not torch.float16:
+        if self._overflows >= _OVERFLOWS or not isinstance(total, Tensor) or not isinstance(parameters, list):
             return
         with _quiet.Quiet():
+            if total.dtype is not torch.float16:
+                return
             grads = [param.grad for param in parameters if param.grad is not None]
             if not bool(torch.isinf(total)) or not all(bool(torch.isfinite(grad).all()) for grad in grads):
                 return
@@ -212,7 +216,8 @@ class Order:
         costs = self._costs
         begin = costs.meter()
         try:
-            return call(*args)
+            with torch._C.DisableTorchFunction():
+                return call(*args)
         except Exception as error:
             self._faults.caught("order", error)
             return None
@@ -538,10 +543,8 @@ class Order:
 def _scale_of(scaler: Any) -> float | None:
     """Return the scale of a scaler; None where reading it would wait for a device."""
     scale = scaler._scale
-    if not isinstance(scale, Tensor) or not scale.is_cpu:
-        return None
     with _quiet.Quiet():
-        return float(scale)
+        return float(scale) if isinstance(scale, Tensor) and scale.is_cpu else None
 
 
 def _loop(lane: Lane, call: Call) -> str:

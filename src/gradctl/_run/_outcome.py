@@ -67,6 +67,7 @@ class Ran:
         names: FQNs of the parameters that its journals name.
         recorded: how many backward passes its main process has journalled.
         children: how many other processes of its own have trained.
+        stepping: what its journals show to be wrong with the order of its steps; needs no trace.
         not_seen: why it could not be watched.
         output: the end of what it printed, where that was kept.
     """
@@ -77,6 +78,7 @@ class Ran:
     names: tuple[str, ...] = ()
     recorded: int = 0
     children: int = 0
+    stepping: tuple[Finding, ...] = ()
     not_seen: tuple[str, ...] = ()
     output: str = ""
 
@@ -132,7 +134,7 @@ def read_journals(directory: Path, rank: Rank) -> Ran:
         directory: the run directory.
         rank: of several ranks that share it, the one that asks.
     """
-    from gradctl._verdict import Facts, judge_facts
+    from gradctl._verdict import STEPPING, Facts, judge_facts
 
     not_seen = unwatched(directory)
     try:
@@ -141,10 +143,11 @@ def read_journals(directory: Path, rank: Rank) -> Ran:
         return Ran(not_seen=not_seen)  # nothing was recorded
     own = tuple(j for j in run.journals if not j.is_child and (rank.launch is None or j.rank == rank.rank))
     facts = Facts(Run(run.directory, own))
+    judged = judge_facts(facts).findings if own else ()
     seen = tuple(
         {"kind": _SYMPTOM_OF[f.slug], "text": f.symptom, "step": None, "parameters": list(f.parameters)}
         | ({"certain": True} if f.slug in _CERTAIN and f.severity == "error" else {})
-        for f in (judge_facts(facts).findings if own else ())
+        for f in judged
         if f.slug in _SYMPTOM_OF and f.severity != "note"
     )
     names = dict.fromkeys(n for j in own for record in j.optimizers.values() for n in record.names if n is not None)
@@ -153,6 +156,7 @@ def read_journals(directory: Path, rank: Rank) -> Ran:
         names=tuple(names),
         recorded=sum(j.end.backwards if j.end else len(j.blocks) for j in own),
         children=sum(1 for j in run.children if j.blocks or j.rows),
+        stepping=tuple(finding for finding in judged if finding.slug in STEPPING),
         not_seen=not_seen,
     )
 
@@ -222,7 +226,7 @@ def conclude(script: str, first: Ran | None, second: Ran | None, options: Option
         options: how to look.
     """
     last = second or first or Ran()
-    findings, (code, sentence), remarks = _findings(first, second, options)
+    findings, (code, sentence), remarks = _with_stepping(first, _findings(first, second, options), options)
     symptoms = ()
     told_nothing = second is None or failed_anew(first, second)
     unsettled = code == FINDINGS or (code == NO_VERDICT and (told_nothing or last.gradient_error))
@@ -242,15 +246,38 @@ def conclude(script: str, first: Ran | None, second: Ran | None, options: Option
 
 
 Conclusion = tuple[int, str]
+Said = tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]
 
 
 def _has_trained(first: Ran) -> bool:
     return first.gradient_error or first.error is None or first.steps > 0
 
 
-def _findings(
-    first: Ran | None, second: Ran | None, options: Options
-) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
+def _with_stepping(first: Ran | None, said: Said, options: Options) -> Said:
+    """Add what the journal of the first run shows of the order of its steps: each is a cause, proven by what was seen.
+
+    Args:
+        first: the run with the sentinel, which was recorded; None if there was none.
+        said: what is concluded from gradients alone.
+        options: how to look.
+    """
+    findings, (code, sentence), remarks = said
+    found = first.stepping if first is not None else ()
+    real = tuple(finding for finding in found if finding.severity != "note")
+    notes = tuple(finding for finding in found if finding.severity == "note") if options.notes else ()
+    findings = (*findings, *real, *notes)
+    if not real or code == FAULT:
+        return findings, (code, sentence), remarks
+    if code == NO_VERDICT:
+        error = first.error if first is not None else None
+        remarks = (*remarks, sentence if error is None else f"the script itself ended with {_error(error)}")
+    causes = sum(1 for finding in findings if finding.severity != "note")
+    if code != FINDINGS or sentence.endswith(("cause", "causes")):
+        sentence = "1 cause" if causes == 1 else f"{causes} causes"
+    return findings, (FINDINGS, sentence), remarks
+
+
+def _findings(first: Ran | None, second: Ran | None, options: Options) -> Said:
     if second is None:
         assert first is not None
         if _is_wrong(first) and not options.rerun:
@@ -279,7 +306,7 @@ def _below(folder: str, finding: Finding) -> Finding:
     return replace(finding, primary=replace(place, file=os.path.relpath(place.file, folder)))
 
 
-def _from_crumbs(first: Ran, why: str) -> tuple[tuple[Finding, ...], Conclusion, tuple[str, ...]]:
+def _from_crumbs(first: Ran, why: str) -> Said:
     if first.crumbs and _is_certain(first):
         words = f"{why}: something is wrong, and these lines may have done it; that is no proof"
         return first.crumbs, (FINDINGS, words), ()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from gradctl._journal import Run
 from gradctl._results import Finding
-from gradctl._verdict import _health, _whole
+from gradctl._verdict import _health, _stepping, _whole
 from gradctl._verdict._facts import Facts, Failure
 from gradctl._verdict._figures import figures
 from gradctl._verdict._sentence import sentence
 from gradctl._verdict._statement import Figure, Level, Verdict
+from gradctl._verdict._stepping import SLUGS as STEPPING
 from gradctl._verdict._training import Training
 from gradctl._verdict._whole import Lateness, lateness, missed
 
 __all__ = [
+    "STEPPING",
     "Facts",
     "Failure",
     "Figure",
@@ -71,7 +73,7 @@ def _findings(facts: Facts) -> list[Finding]:
     found: dict[tuple[object, ...], Finding] = {}
     stages = {t.id for t in facts.stages}
     for _, trainings in facts.by_rank:
-        for rule in _health.RULES:
+        for rule in (*_health.RULES, *_stepping.RULES):
             for training in trainings:
                 group = -1 if training.id in stages else training.id
                 for finding in rule(facts, training):

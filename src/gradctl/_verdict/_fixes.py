@@ -10,7 +10,7 @@ from gradctl._results import Finding, Severity
 
 FIXES: dict[str, str] = {
     "accumulation": "if that is not meant, look for backward() calls that no optimizer.step() follows",
-    "bf16-stall": "keep these weights in float32 (autocast instead of .bfloat16()), or keep float32 master weights",
+    "bf16-stall": 'keep float32 master weights: gradctl.precision("bf16-master"), or the weights themselves in float32',
     "clipped-always": "raise the limit, or lower the learning rate and let the clip catch outliers only",
     "data-loader": "DataLoader(num_workers=2, persistent_workers=True), or prepare the data once",
     "dead-gradients": "look at the activations: ReLU or clamp may be saturated, or most of an embedding is not used",

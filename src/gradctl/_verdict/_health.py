@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 
 from gradctl._results import Finding, Severity
 from gradctl._verdict._facts import Facts
 from gradctl._verdict._fixes import finding
 from gradctl._verdict._loss import trend
+from gradctl._verdict._stepping import step_line
 from gradctl._verdict._training import Training, command, real, short_name, texts, whole
 from gradctl._verdict._words import count, named, number, percent
 
@@ -283,7 +285,7 @@ def stall(facts: Facts, training: Training) -> Iterator[Finding]:
     if not lost:
         return
     part = "most" if share is None else percent(share)
-    yield finding(
+    told_of = finding(
         "bf16-stall",
         "warning" if share is None or share >= 0.5 else "note",
         f"In {lost} of {count(training.tensors, '16-bit tensor')} {part} of the updates round to nothing",
@@ -291,6 +293,7 @@ def stall(facts: Facts, training: Training) -> Iterator[Finding]:
         parameters=names,
         measured=None if share is None else {"share": share},
     )
+    yield replace(told_of, primary=step_line(facts, training))
 
 
 def vanished(facts: Facts, training: Training) -> Iterator[Finding]:

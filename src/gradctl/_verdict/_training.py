@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradctl._journal import Block, Event, Journal, Maxima, OptimizerRecord, Row, RunRecord
+
+if TYPE_CHECKING:
+    from gradctl._verdict._groups import Order
 
 SAMPLED_ROWS = 64  # a median over this many rows is as good as one over all of them
 LONGEST_NAME = 100
@@ -68,6 +71,13 @@ class Training:
     def tensors(self) -> int:
         """How many tensors the optimizer has."""
         return max(len(self.record.names), len(self.record.shapes))
+
+    @cached_property
+    def order(self) -> Order:
+        """What the journal tells of the order of its steps."""
+        from gradctl._verdict._groups import Order  # it reads journals with the functions below
+
+        return Order(self.journal, self.id)
 
     @property
     def weight(self) -> int:

@@ -122,9 +122,14 @@ def _figures(lines: Lines, verdict: Verdict) -> None:
 def _finding(lines: Lines, finding: Finding) -> None:
     word, colour = SEVERITIES[finding.severity]
     lines.say(f"{word:<5} {finding.symptom}", f"bold {colour}", indent=2, hang=6)
+    if finding.primary is not None:
+        lines.say(f"at {finding.primary}", indent=8, hang=3)
     if finding.why:
         lines.say(finding.why, "dim", indent=8)
-    lines.say(f"→ {finding.fix}", indent=8, hang=2)
+    words, *code = finding.fix.splitlines() or [""]
+    lines.say(f"→ {words}", indent=8, hang=2)
+    for line in code:
+        lines.unbroken(f"{'':10}{line}")
 
 
 def _ranks(facts: Facts) -> tuple[Row, list[Row]]:
