@@ -86,6 +86,13 @@ NAMES: tuple[PrivateName, ...] = (
         "steps that a GradScaler skipped are not recorded",
     ),
     PrivateName(
+        "foreach_mul",
+        "torch:_foreach_mul_",
+        "2.13",
+        "Step",
+        "gradients are clipped one by one",
+    ),
+    PrivateName(
         "foreach_copy",
         "torch:_foreach_copy_",
         "2.13",
