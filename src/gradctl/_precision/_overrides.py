@@ -105,8 +105,8 @@ def _float32(value: Any) -> Any:
 
 def weights_in_16_bits(model: Module, kept: set[int]) -> dict[str, Parameter]:
     """Return the parameters that are to be 16-bit in the forward, each once, by the first of its names."""
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and id(parameter) not in kept
-    }
+    found: dict[int, tuple[str, Parameter]] = {}
+    for name, parameter in named_parameters(model).items():
+        if parameter.is_floating_point() and id(parameter) not in kept:
+            found.setdefault(id(parameter), (name, parameter))
+    return dict(found.values())

@@ -10,6 +10,7 @@ from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
 from gradctl._errors import PrecisionRefused, UsageError
+from gradctl._names._patterns import named_parameters
 from gradctl._precision._mode import Mode
 
 STORES_16_BITS: tuple[Mode, ...] = ("bf16-stochastic", "bf16-kahan")
@@ -31,7 +32,7 @@ def refuse(mode: Mode, model: Any, optimizers: Sequence[Any], *, allow_slow: boo
     """
     if not isinstance(model, Module):
         raise UsageError(f"attach({type(model).__name__})", what="the first argument is a torch.nn.Module")
-    named = dict(model.named_parameters())
+    named = named_parameters(model)
     _check_optimizers(mode, named, optimizers)
     if mode == "fp32":
         return
@@ -50,7 +51,7 @@ def refuse(mode: Mode, model: Any, optimizers: Sequence[Any], *, allow_slow: boo
 
 
 def _check_optimizers(mode: Mode, named: dict[str, Parameter], optimizers: Sequence[Any]) -> None:
-    names = {id(parameter): name for name, parameter in named.items()}
+    names = {id(parameter): name for name, parameter in reversed(named.items())}
     owners: dict[int, int] = {}
     if len({id(optimizer) for optimizer in optimizers}) < len(optimizers):
         raise PrecisionRefused("the same optimizer is given twice", fix="give it once")
