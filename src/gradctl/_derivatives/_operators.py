@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 
 from gradctl._derivatives._forward import MATH_NOTE, bound, run, scalar, with_graph
 from gradctl._derivatives._graph import (
@@ -20,12 +19,14 @@ from gradctl._derivatives._graph import (
     refuse_no_second_derivative,
     walk,
 )
+from gradctl._derivatives._jacobian import Method, dense
 from gradctl._derivatives._split import split
+from gradctl._derivatives._twice import TwiceBackward, zeros_for
+from gradctl._derivatives._used import Unused, hold_used
 from gradctl._derivatives._variables import Variables, Wanted, variables
 from gradctl._errors import UsageError
 
 Loss = Tensor | Callable[..., Any]
-Unused = Literal["zeros", "error"]
 Values = Sequence[Tensor]
 
 
@@ -137,35 +138,6 @@ def _stacked(columns: list[Any], like: Any, rows: int) -> Any:
     return torch.stack(columns, 1) if isinstance(columns[0], Tensor) else np.stack(columns, 1)
 
 
-def zeros_for(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    """Return gradients with zeros where there is none."""
-    return [
-        torch.zeros_like(tensor) if value is None else value.detach() for value, tensor in zip(found, like, strict=True)
-    ]
-
-
-def hold_used(reached: Reached, of: Variables, unused: Unused, *, what: str) -> None:
-    """Refuse when nothing that is asked for is used; and when something is not, if so asked.
-
-    Raises:
-        UsageError: names what is not used.
-    """
-    missing = [name for name, used in zip(of.names, reached.used, strict=True) if not used]
-    if len(missing) == len(of.names):
-        raise UsageError(
-            f"the {what} does not depend on {missing[0] if len(missing) == 1 else 'any of the parameters'}",
-            what=f"its graph reaches none of {', '.join(missing[:4])}",
-            why="another copy of them was used, or they were detached on the way",
-            fix="pass the tensors that it was computed from",
-        )
-    if missing and unused == "error":
-        raise UsageError(
-            f"the {what} does not depend on {missing[0]}",
-            what=f"{len(missing)} of {len(of.names)} are not used",
-            fix="leave it out, or take zeros for it: unused='zeros'",
-        )
-
-
 def softmax_note(reached: Reached) -> tuple[str, ...]:
     """Say that attention ran on the math backend, when the graph can hold attention at all."""
     if reached.has("Softmax", "SafeSoftmax"):
@@ -247,36 +219,6 @@ class HessianOperator(LinearOperator):
                     again="the operator",
                 )
             )
-
-
-class TwiceBackward:
-    """Products with the Jacobian of a part of a graph, by backward through the transposed product.
-
-    The transposed product J'u is linear in u; its graph is recorded once, for any u, and its own transposed is J.
-    """
-
-    def __init__(
-        self, outputs: Sequence[Tensor | GradientEdge], like: Sequence[Tensor], inputs: Sequence[Tensor]
-    ) -> None:
-        self._outputs = outputs
-        self._inputs = inputs
-        self._us = [torch.zeros_like(value, requires_grad=True) for value in like]
-        with torch.enable_grad():
-            found = torch.autograd.grad(cast("Any", outputs), inputs, self._us, create_graph=True, allow_unused=True)
-        each = cast("Sequence[Tensor | None]", found)
-        self._live = [number for number, value in enumerate(each) if value is not None and value.requires_grad]
-        self._transposed = [found[number] for number in self._live]
-
-    def forth(self, v: Values) -> list[Tensor]:
-        """Return J v, one tensor an output."""
-        found = torch.autograd.grad(
-            self._transposed, self._us, [v[number] for number in self._live], retain_graph=True, allow_unused=True
-        )
-        return zeros_for(found, self._us)
-
-    def back(self, u: Values) -> Sequence[Tensor | None]:
-        """Return J' u, one tensor an input, None where nothing arrives."""
-        return torch.autograd.grad(cast("Any", self._outputs), self._inputs, u, retain_graph=True, allow_unused=True)
 
 
 class GGNOperator(LinearOperator):
@@ -409,6 +351,12 @@ class JacobianOperator(LinearOperator):
         self._live = [number for number, output in enumerate(to.tensors) if output.requires_grad]
         self._twice: TwiceBackward | None = None
         self.outputs = to.pack([output.detach() for output in to.tensors])
+        self.dense_method: str | None = None
+
+    def dense(self, *, batch: Literal["none", "samples"] = "none", method: Method = "auto") -> Any:
+        """Return the whole Jacobian; see `gradctl.jacobian`. `dense_method` says how it was computed."""
+        found, self.dense_method = dense(self._rows, self._columns, self._reached, batch=batch, method=method)
+        return found
 
     def _forth(self, v: Values) -> Values:
         self._hold_unchanged()

@@ -16,12 +16,11 @@ from gradctl._derivatives._operators import (
     HessianOperator,
     JacobianOperator,
     Loss,
-    Unused,
-    hold_used,
     loss_and_outputs,
-    zeros_for,
 )
 from gradctl._derivatives._split import split
+from gradctl._derivatives._twice import zeros_for
+from gradctl._derivatives._used import Unused, hold_used
 from gradctl._derivatives._variables import Variables, Wanted, variables
 from gradctl._errors import UsageError
 

@@ -77,7 +77,7 @@ def _found(loss: Tensor) -> list[GradientEdge]:
             below = live[0][0].next_functions[0]
             found[below] = GradientEdge(*below)
             continue
-        elif name in _LINEAR and (len(live) == 1 or name in _SEVERAL):
+        elif name in _LINEAR and (len(live) == 1 or name in _SEVERAL) and not _in_second(node, name):
             queue += live
             continue
         raise UsageError(
@@ -89,6 +89,11 @@ def _found(loss: Tensor) -> list[GradientEdge]:
             fix=_FIX,
         )
     return list(found.values())
+
+
+def _in_second(node: Any, name: str) -> bool:
+    """Whether what depends on the parameters divides, or is the target of a divergence: not linear in it."""
+    return name.startswith(("Div", "KlDiv")) and node.next_functions[0][0] is None
 
 
 def _is_square(node: Any, name: str) -> bool:
