@@ -1,0 +1,156 @@
+"""Storages: how a tensor lies in one, aliases that share its version counter, fingerprints, packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, UntypedStorage
+
+from gradctl import _torch_private as private
+
+Codec = Literal["bits", "int16"]
+Verify = Literal["full", "sample", "off"]
+_SAMPLES = 256
+
+
+class Geometry(NamedTuple):
+    """How a tensor lies in its storage; strides and offset in elements."""
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    conj: bool
+    neg: bool
+
+    def view(self, storage: UntypedStorage) -> Tensor:
+        """Return the tensor of this geometry on a storage."""
+        made = torch.empty(0, dtype=self.dtype, device=storage.device).set_(
+            storage, self.offset, self.size, self.stride
+        )
+        if self.conj:
+            made = _conjugate(made)
+        return _negative(made) if self.neg else made
+
+
+_conjugate = torch.ops.aten._conj.default
+_negative = torch.ops.aten._neg_view.default
+
+
+def geometry(tensor: Tensor) -> Geometry:
+    """Return how a tensor lies in its storage."""
+    return Geometry(
+        tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.is_conj(), tensor.is_neg()
+    )
+
+
+_keep_version = private.get("dispatch_key_guard")
+_no_dispatch = private.get("no_torch_dispatch")
+_IN_PLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """Return a tensor on the same storage, without history, that shares the version counter; no mode sees it made."""
+    with _no_dispatch(), _keep_version(_IN_PLACE_OR_VIEW, False):
+        return tensor.detach()
+
+
+def copy_of(storage: UntypedStorage) -> UntypedStorage:
+    """Return a copy of a storage; no mode sees it made."""
+    with _no_dispatch():
+        return storage.clone()
+
+
+def fingerprint(tensor: Tensor, verify: Verify) -> Any:
+    """Return a number that differs when the tensor's bits differ, but for a chance of about 2**-64.
+
+    `sample` looks at 256 elements, evenly spread. No mode sees it made.
+    """
+    with _no_dispatch(), torch.no_grad():
+        if tensor.numel() == 0:
+            return 0
+        if tensor.is_conj() or tensor.is_neg():
+            tensor = tensor.resolve_conj().resolve_neg()
+        if verify == "sample" and tensor.numel() > _SAMPLES:
+            flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+            tensor = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
+        if not tensor.is_contiguous():
+            tensor = _in_memory_order(tensor)
+        raw = tensor.reshape(-1).view(torch.uint8)
+        whole = raw.numel() // 8 * 8
+        words = raw[:whole].view(torch.int64)
+        total = int(words.sum()) if whole else 0
+        tail = raw[whole:]
+        return total if tail.numel() == 0 else (total, tuple(tail.tolist()))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a dense tensor as it lies in memory, and a copy of any other: the same elements for the same geometry."""
+    order = sorted(range(tensor.dim()), key=lambda dim: (-tensor.stride(dim), -tensor.size(dim)))
+    return tensor.permute(order).contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A storage in fewer bytes, exactly.
+
+    Args:
+        codec: how.
+        data: the bits or the int16 numbers.
+        count: elements of the storage.
+        value: what a set bit stands for, shape [1].
+    """
+
+    codec: Codec
+    data: Any
+    count: int
+    value: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return int(self.data.nbytes)
+
+
+def pack(storage: UntypedStorage, dtype: torch.dtype, codec: Codec) -> Packed | None:
+    """Pack a storage; None when that would not be exact.
+
+    Args:
+        storage: what to pack.
+        dtype: what its elements are.
+        codec: `bits` for a storage that holds zero and one other value, `int16` for int64 indices below 2**15.
+    """
+    with _no_dispatch(), torch.no_grad():
+        flat = torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
+        if codec == "int16":
+            small = flat.to(torch.int16)
+            return Packed(codec, small, flat.numel(), flat[:0]) if torch.equal(small.to(dtype), flat) else None
+        mask = flat != 0
+        value = flat.amax().reshape(1) if dtype != torch.bool else torch.ones(1, dtype=dtype, device=flat.device)
+        if dtype != torch.bool and not torch.equal(torch.where(mask, value, torch.zeros_like(value)), flat):
+            return None
+        if dtype.is_floating_point and bool((torch.signbit(flat) & ~mask).any()):
+            return None  # a zero with a sign is not the zero that comes back
+        if flat.is_cpu:
+            return Packed(codec, np.packbits(mask.numpy()), flat.numel(), value)
+        padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8, device=flat.device)
+        padded[: flat.numel()] = mask
+        weights = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8, device=flat.device)
+        return Packed(codec, (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8), flat.numel(), value)
+
+
+def unpack(packed: Packed) -> UntypedStorage:
+    """Return the storage that `pack` was given, bit for bit."""
+    if packed.codec == "int16":
+        return packed.data.to(torch.int64).untyped_storage()
+    if isinstance(packed.data, np.ndarray):
+        mask = torch.from_numpy(np.unpackbits(packed.data, count=packed.count)).view(torch.bool)
+    else:
+        shifts = torch.arange(7, -1, -1, device=packed.data.device)
+        mask = ((packed.data.unsqueeze(1) >> shifts) & 1).reshape(-1)[: packed.count].to(torch.bool)
+    if packed.value.dtype == torch.bool:
+        return mask.untyped_storage()
+    return torch.where(mask, packed.value, torch.zeros_like(packed.value)).untyped_storage()
