@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -223,7 +223,7 @@ class Generators:
 
 
 @contextlib.contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
+def evaluated(model: nn.Module) -> Generator[None]:
     """Put every module into eval mode, and back."""
     flags = [(module, module.training) for module in model.modules()]
     try:

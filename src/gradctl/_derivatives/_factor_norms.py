@@ -1,4 +1,4 @@
-"""Norms of sums of outer products that are never summed."""
+"""Sums of outer products: their norms without summing them, and the sums themselves."""
 
 from __future__ import annotations
 
@@ -42,6 +42,27 @@ def products(parts: list[Factors], direction: Tensor) -> Tensor:
     return torch.stack(total).sum(0)
 
 
+def formed(parts: list[Factors], wide: int) -> Tensor:
+    """The sums themselves, [B, O, I]; `wide` is O."""
+    total: list[Tensor] = []
+    dense = [part for part in parts if part.left.is_floating_point()]
+    listed = [part for part in parts if not part.left.is_floating_point()]
+    for part in [*([_join(dense)] if dense else []), *listed]:
+        left, right = part.left, part.right
+        if not left.is_floating_point():
+            size, steps, high = right.shape
+            table = right.new_zeros(size, wide, high)
+            total.append(table.scatter_add_(1, left.unsqueeze(2).expand(size, steps, high), right))
+        elif part.groups > 1:
+            a, b = _blocks(left, part.groups), _blocks(right, part.groups)
+            total.append(torch.einsum("btgo,btgi->bgoi", a, b).flatten(1, 2))
+        elif right.shape[1] == 1:
+            total.append(left.transpose(1, 2) * right)
+        else:
+            total.append(torch.bmm(left.transpose(1, 2), right))
+    return total[0] if len(total) == 1 else torch.stack(total).sum(0)
+
+
 def _join(parts: list[Factors]) -> Factors:
     if len(parts) == 1:
         return parts[0]
@@ -54,26 +75,31 @@ def _blocks(value: Tensor, groups: int) -> Tensor:
     return value.reshape(*value.shape[:2], groups, -1)
 
 
+def _power(value: Tensor) -> Tensor:
+    """The squared norm by sample; one pass, nothing in between."""
+    return torch.linalg.vector_norm(value.flatten(1), dim=1).square()
+
+
 def _own(part: Factors) -> Tensor:
     left, right = part.left, part.right
     steps = right.shape[1]
     if not left.is_floating_point():
         if steps == 1:
-            return right.square().sum((1, 2))
+            return _power(right)
         same = left.unsqueeze(1) == left.unsqueeze(2)
         return ((right @ right.transpose(1, 2)) * same).sum((1, 2))
     if part.groups > 1:
         return _own_grouped(part)
     wide, high = left.shape[2], right.shape[2]
     if steps == 1:
-        return left.square().sum((1, 2)) * right.square().sum((1, 2))
+        return _power(left) * _power(right)
     # Products of positions with each other, or the gradient of a few samples at a time: what has fewer multiplications.
     if steps * (wide + high) <= wide * high:
         return ((left @ left.transpose(1, 2)) * (right @ right.transpose(1, 2))).sum((1, 2))
     size = left.shape[0]
     block = max(1, min(-(-size // _SHARE), _ELEMENTS // (wide * high)))
     found = [
-        torch.linalg.vector_norm(torch.bmm(a.transpose(1, 2), b), dim=(1, 2)).square()
+        torch.linalg.vector_norm(torch.bmm(a.transpose(1, 2), b).flatten(1), dim=1).square()
         for a, b in zip(left.split(block), right.split(block), strict=True)
     ]
     return torch.cat(found)

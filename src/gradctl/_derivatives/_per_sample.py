@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradctl._derivatives._batch import (
     Batch,
@@ -17,8 +19,8 @@ from gradctl._derivatives._batch import (
     LossFn,
     Reduction,
     call,
+    evaluated,
     memory,
-    output_tensors,
     read_batch,
     refuse_batch_statistics,
     require_module,
@@ -26,18 +28,22 @@ from gradctl._derivatives._batch import (
     signature,
     trained,
 )
-from gradctl._derivatives._per_sample_check import check_sum, refuse_unsplittable
+from gradctl._derivatives._factor_norms import formed
+from gradctl._derivatives._graph_rows import Plan, read_graph
+from gradctl._derivatives._per_sample_check import check_sum, refuse_unsplittable, tolerance
+from gradctl._derivatives._shares import Shares, shares_of
+from gradctl._derivatives._weight_uses import Dense, Factors
 from gradctl._errors import GradctlError, NotPerSample, UsageError
 
-Method = Literal["auto", "vmap", "loop"]
+Method = Literal["auto", "graph", "vmap", "loop"]
 
 
 class PerSampleGrads(dict[str, Tensor]):
     """Gradients by parameter name, each `[B, *parameter.shape]`, and how they were computed.
 
     Attributes:
-        method: `"vmap"` or `"loop"`.
-        why: why the batched method was not taken; empty when it was.
+        method: `"graph"`, `"vmap"` or `"loop"`.
+        why: what vmap said when it could not run the model; empty otherwise.
     """
 
     def __init__(self, grads: Mapping[str, Tensor], *, method: str, why: str) -> None:
@@ -52,6 +58,8 @@ class _Known:
 
     method: str
     why: str
+    plan: Plan | None
+    checked: bool
 
 
 def per_sample_grads(
@@ -80,9 +88,10 @@ def per_sample_grads(
             it is what sample b adds to the gradient of the batch: the rows add up to it.
         check: "first" compares the sum of the rows with the gradient of the batch at the first call with these
             shapes, modes and loss (one plain gradient more), "always" at every call, "off" never.
-        chunk: most samples at a time in the batched method; less memory, more time.
-        method: "vmap" (batched), "loop" (one sample at a time; works with everything that plain autograd does), or
-            "auto": vmap, and the loop when the model does something that vmap cannot.
+        chunk: most samples at a time with vmap; less memory, more time.
+        method: "graph" (one forward and backward of the batch, split by sample where the graph takes its weights),
+            "vmap" (torch.func), "loop" (one sample at a time; whatever plain autograd can do), or "auto": the first
+            of these that is exact for this model.
     Returns:
         A dict by parameter name of tensors [B, *parameter.shape], with `.method` and `.why`.
     Raises:
@@ -92,8 +101,8 @@ def per_sample_grads(
     model = require_module(model, "per_sample_grads")
     if reduction not in ("mean", "sum", "share"):
         raise UsageError(f"reduction is 'mean', 'sum' or 'share', got {reduction!r}")
-    if method not in ("auto", "vmap", "loop"):
-        raise UsageError(f"method is 'auto', 'vmap' or 'loop', got {method!r}")
+    if method not in ("auto", "graph", "vmap", "loop"):
+        raise UsageError(f"method is 'auto', 'graph', 'vmap' or 'loop', got {method!r}")
     if check not in ("first", "always", "off"):
         raise UsageError(f"check is 'first', 'always' or 'off', got {check!r}")
     if chunk is not None and chunk < 1:
@@ -104,16 +113,34 @@ def per_sample_grads(
     facts = memory(model)
     key = signature(model, loss_fn, rows, "grads", reduction, method)
     known: _Known | None = facts.get(key)
-
+    checked = check == "always" or (check == "first" and (known is None or not known.checked))
     generators = Generators(parameters)
+
+    why = known.why if known else ""
+    plan = known.plan if known else None
+    # What a sample adds to the batch is the gradient of its loss alone only where that was checked.
+    sure = checked or reduction == "share" or (known is not None and known.checked)
+    if method == "graph" or (method == "auto" and sure and (known is None or known.method == "graph")):
+        found = from_graph(model, loss_fn, rows, parameters, plan, generators, reduction=reduction)
+        if found is None:
+            if method == "graph":
+                raise _without_graph(model, loss_fn, rows, parameters, generators)
+            generators.put_back()
+        elif not checked or _holds_for_two(model, loss_fn, rows, parameters, found[0], reduction, generators):
+            if check != "off" and found[1].lasting:
+                facts[key] = _Known("graph", "", found[1], checked or (known is not None and known.checked))
+            return PerSampleGrads(found[0], method="graph", why="")
+        else:
+            generators.put_back()
+
     shares = _shares(model, loss_fn, rows, generators) if reduction == "share" else None
-    start = known.method if known else ("vmap" if method == "auto" else method)
-    grads, used, why = per_sample_of(
-        model, loss_fn, rows, parameters, shares=shares, chunk=chunk, start=start, fall_back=method == "auto"
+    start = known.method if known and known.method != "graph" else ("loop" if method == "loop" else "vmap")
+    grads, used, reason = per_sample_of(
+        model, loss_fn, rows, parameters, shares=shares, chunk=chunk, start=start, fall_back=method != "vmap"
     )
-    why = known.why if known else why
+    why = reason or why
     draws = generators.moved()
-    if check == "always" or (check == "first" and known is None):
+    if checked:
 
         def again(model: nn.Module, rows: Batch, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
             generators = Generators(parameters)
@@ -125,7 +152,7 @@ def per_sample_grads(
     elif draws and used == "loop":
         _leave_as_a_plain_call(model, loss_fn, rows, generators)
     if check != "off":
-        facts[key] = _Known(used, why)
+        facts[key] = _Known(used, why, None, True)
     return PerSampleGrads(grads, method=used, why=why)
 
 
@@ -171,12 +198,13 @@ def batched(
 ) -> dict[str, Tensor]:
     """Per-sample gradients by `vmap(grad)`; with `shares`, of the outputs weighted by them instead of the loss."""
     held = {name: value.detach() for name, value in parameters.items()}
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    constants = {name: value.detach() for name, value in model.named_parameters() if name not in held}
+    constants |= {name: value.clone() for name, value in model.named_buffers()}
 
     def of_one(taken: dict[str, Tensor], *leaves: Tensor) -> Tensor:
         mine, given = leaves[:count], leaves[count:]
         one = batch.replaced([leaf.unsqueeze(0) for leaf in mine], 1)
-        outputs = functional_call(model, (taken, buffers), one.inputs, one.keywords)
+        outputs = functional_call(model, (taken, constants), one.inputs, one.keywords)
         if shares is None:
             return scalar(loss_fn(outputs, *one.targets))
         return shares.weigh(outputs, [value.unsqueeze(0) for value in given])
@@ -185,8 +213,43 @@ def batched(
     count = len(leaves) - (len(shares.values) if shares else 0)
     # Every sample draws its own mask: one for all samples is no per-sample gradient of the training.
     mapped = vmap(grad(of_one), in_dims=(None, *([0] * len(leaves))), randomness="different", chunk_size=chunk)
-    found: dict[str, Tensor] = mapped(held, *leaves)
+    on_cpu = all(leaf.device.type == "cpu" for leaf in leaves)
+    # Flash attention has no batched form on CPU: vmap would run it sample by sample.
+    with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
+        found: dict[str, Tensor] = mapped(held, *leaves)
     return found
+
+
+def from_graph(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    plan: Plan | None,
+    generators: Generators,
+    *,
+    reduction: Reduction,
+) -> tuple[dict[str, Tensor], Plan] | None:
+    """Per-sample gradients from one forward and backward of the batch; None when a parameter is not understood."""
+    scale = batch.size if reduction == "mean" else 1
+    read = read_graph(model, loss_fn, batch, parameters, plan, generators, in_order=True, scale=scale)
+    if read is None or read.others:
+        return None
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, value in parameters.items():
+            shape = (batch.size, *value.shape)
+            sums: list[Tensor] = []
+            for some in read.parts[name].values():
+                sums += [part.rows.reshape(shape) for part in some if isinstance(part, Dense)]
+                factors = [part for part in some if isinstance(part, Factors)]
+                if factors:
+                    wide = value.numel() * factors[0].groups // factors[0].right.shape[2]
+                    sums.append(formed(factors, wide).reshape(shape))
+            if not sums:
+                sums.append(torch.zeros(shape, dtype=value.dtype, device=value.device))
+            found[name] = (sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)).to(value.dtype)
+    return found, read.plan
 
 
 def one_by_one(
@@ -221,6 +284,7 @@ def plain_gradient(loss: Tensor, values: list[Tensor], *, retain_graph: bool = F
     """
     if not loss.requires_grad:
         return [torch.zeros_like(value) for value in values]
+    grads: Sequence[Tensor | None]
     try:
         grads = torch.autograd.grad(loss, values, allow_unused=True, retain_graph=retain_graph)
     except RuntimeError as error:
@@ -232,58 +296,53 @@ def plain_gradient(loss: Tensor, values: list[Tensor], *, retain_graph: bool = F
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """The gradient of the loss of a batch with respect to its outputs.
-
-    Args:
-        places: which of the tensors in the outputs have a row for each sample.
-        values: the gradient of each of those, [B, ...].
-    """
-
-    places: list[int]
-    values: list[Tensor]
-
-    def weigh(self, outputs: Any, values: list[Tensor]) -> Tensor:
-        """The sum of the outputs weighted by these rows, shape []: its gradient is the share of the rows."""
-        tensors = output_tensors(outputs)
-        total = [(tensors[place] * value).sum() for place, value in zip(self.places, values, strict=True)]
-        return torch.stack(total).sum()
-
-
-def shares_of(outputs: Any, loss: Tensor, size: int, *, retain_graph: bool = False) -> Shares:
-    """Split the gradient of a loss by the rows of the outputs that it was computed from.
-
-    Raises:
-        UsageError: the outputs have no row for each sample.
-    """
-    tensors = output_tensors(outputs)
-    places = [
-        place for place, one in enumerate(tensors) if one.dim() and one.shape[0] == size and one.requires_grad
-    ]
-    found: list[Tensor | None] = []
-    if places and loss.requires_grad:
-        rows = [tensors[place] for place in places]
-        found = list(torch.autograd.grad(loss, rows, allow_unused=True, retain_graph=retain_graph))
-    used = {place: value for place, value in zip(places, found, strict=False) if value is not None}
-    if not used:
-        raise UsageError(
-            "the loss does not come from outputs with a row for each sample",
-            what=f"no tensor that the model returns has shape [{size}, ...] and leads to the loss",
-            fix="let the model return [B, ...] and compute the loss from it in loss_fn",
-        )
-    return Shares(list(used), list(used.values()))
-
-
-def _shares(
-    model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators
-) -> Shares:
+def _shares(model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators) -> Shares:
     with torch.enable_grad():
         outputs, loss = call(model, loss_fn, batch)
         found = shares_of(outputs, loss, batch.size)
     # The masks of this forward are drawn again by the one that is differentiated.
     generators.put_back()
     return found
+
+
+def _holds_for_two(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batch: Batch,
+    parameters: Mapping[str, Tensor],
+    grads: Mapping[str, Tensor],
+    reduction: Reduction,
+    generators: Generators,
+) -> bool:
+    """Whether the first and the last row are what plain autograd finds for these samples alone."""
+    after = Generators(parameters)
+    drawn = generators.moved()
+    try:
+        if drawn:
+            # Masks differ between a batch and a sample alone; whether the rows are right does not depend on them.
+            with evaluated(model):
+                quiet = Generators(parameters)
+                found = from_graph(model, loss_fn, batch, parameters, None, quiet, reduction=reduction)
+                return (
+                    found is not None
+                    and not quiet.moved()
+                    and _holds_for_two(model, loss_fn, batch, parameters, found[0], reduction, quiet)
+                )
+        shares = _shares(model, loss_fn, batch, generators) if reduction == "share" else None
+        places = sorted({0, batch.size - 1})
+        some = torch.tensor(places)
+        rows = batch.replaced([leaf[some.to(leaf.device)] for leaf in batch.leaves()], len(places))
+        if shares is not None:
+            shares = Shares(shares.places, [value[some.to(value.device)] for value in shares.values])
+        exact = one_by_one(model, loss_fn, rows, parameters, shares=shares)
+        off = scale = 0.0
+        for name, value in exact.items():
+            wide = torch.promote_types(value.dtype, torch.float32)
+            off += float((grads[name][places].to(wide) - value.to(wide)).abs().square().sum())
+            scale += float(grads[name].to(wide).abs().square().sum()) * len(places) / batch.size
+        return off <= tolerance(parameters) ** 2 * scale
+    finally:
+        after.put_back()
 
 
 def _leave_as_a_plain_call(model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators) -> None:
@@ -295,6 +354,20 @@ def _leave_as_a_plain_call(model: nn.Module, loss_fn: LossFn, batch: Batch, gene
 
 def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _without_graph(
+    model: nn.Module, loss_fn: LossFn, batch: Batch, parameters: Mapping[str, Tensor], generators: Generators
+) -> NotPerSample:
+    read = read_graph(model, loss_fn, batch, parameters, None, generators, in_order=True)
+    others = read.others if read is not None else dict.fromkeys(parameters, "nothing that takes gradients")
+    name, operation = next(iter(others.items()))
+    return NotPerSample(
+        f"{name} is used by {operation}, which has no rule",
+        what="its gradient cannot be read per sample from the graph of the batch",
+        why="method='graph' was asked for",
+        fix="method='auto' takes vmap or the exact loop here",
+    )
 
 
 def _without_vmap(error: BaseException) -> NotPerSample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def check_sum(
     random = generators.moved()
     after = Generators(parameters)
     error = mismatch(grads, whole, batch.size, reduction)
-    if not error > _tolerance(parameters):
+    if not error > tolerance(parameters):
         return
     try:
         if random:
@@ -67,7 +67,7 @@ def check_sum(
                 grads = again(model, batch, parameters)
                 whole = _whole_gradient(model, loss_fn, batch, parameters)
             error = mismatch(grads, whole, batch.size, reduction)
-            if not error > _tolerance(parameters):
+            if not error > tolerance(parameters):
                 return
         if error < _DOUBTFUL and not _holds_in_double(model, loss_fn, batch, reduction, again, error):
             return
@@ -128,9 +128,7 @@ def coupled_module(model: nn.Module, loss_fn: LossFn, batch: Batch, generators: 
     return None
 
 
-def _traced(
-    model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators
-) -> list[tuple[str, list[Tensor]]]:
+def _traced(model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators) -> list[tuple[str, list[Tensor]]]:
     """What every module returned, innermost first."""
     seen: list[tuple[str, list[Tensor]]] = []
     handles: list[Any] = []
@@ -166,6 +164,7 @@ def _whole_gradient(
         _, loss = call(model, loss_fn, batch)
         if not loss.requires_grad:
             return {name: torch.zeros_like(value) for name, value in parameters.items()}
+        grads: Sequence[Tensor | None]
         try:
             grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         except RuntimeError as error:
@@ -188,9 +187,6 @@ def tolerance(parameters: Mapping[str, Tensor]) -> float:
             rounding = _HALF
         worst = max(worst, rounding)
     return worst
-
-
-_tolerance = tolerance
 
 
 def _holds_in_double(
@@ -226,7 +222,7 @@ def _explained(
     module = coupled_module(model, loss_fn, batch, generators)
     if module is not None:
         return coupled(module)
-    limit = max(_tolerance(parameters), 1e-3)
+    limit = max(tolerance(parameters), 1e-3)
     if reduction == "mean" and mismatch(grads, {n: w / size for n, w in whole.items()}, size, "mean") < limit:
         return told_wrongly("mean", "sums", "sum")
     if reduction == "sum" and mismatch(grads, {n: w * size for n, w in whole.items()}, size, "sum") < limit:

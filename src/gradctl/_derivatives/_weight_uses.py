@@ -7,6 +7,7 @@ shared, tied, used by `F.linear(x, m.weight)` or by a module that is called twic
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,12 +18,43 @@ from torch import Tensor
 
 # Nodes that hand every element of a weight on, once: the gradient before them has the same norm as behind them.
 _RELABELS = frozenset(
-    "TBackward TransposeBackward PermuteBackward ViewBackward UnsafeViewBackward ReshapeAliasBackward "
-    "SqueezeBackward UnsqueezeBackward CloneBackward AliasBackward ToCopyBackward".split()
+    [
+        "TBackward",
+        "TransposeBackward",
+        "PermuteBackward",
+        "ViewBackward",
+        "UnsafeViewBackward",
+        "ReshapeAliasBackward",
+        "SqueezeBackward",
+        "UnsqueezeBackward",
+        "CloneBackward",
+        "AliasBackward",
+        "ToCopyBackward",
+    ]
 )
+# Of these, those that keep the elements in their order.
+_IN_ORDER = frozenset(
+    [
+        "ViewBackward",
+        "UnsafeViewBackward",
+        "ReshapeAliasBackward",
+        "SqueezeBackward",
+        "UnsqueezeBackward",
+    ]
+)
+# Nodes that hand one part of a weight on: the gradient is zero elsewhere.
+_CUTS = frozenset(["SliceBackward", "SelectBackward", "NarrowBackward"])
 # Nodes that hand disjoint parts of a weight on, one by output.
-_SPLITS = frozenset("SplitBackward SplitWithSizesBackward UnsafeSplitBackward UnbindBackward ChunkBackward".split())
-_SILENT = frozenset("CloneBackward AliasBackward ToCopyBackward".split())
+_SPLITS = frozenset(
+    [
+        "SplitBackward",
+        "SplitWithSizesBackward",
+        "UnsafeSplitBackward",
+        "UnbindBackward",
+        "ChunkBackward",
+    ]
+)
+_SILENT = frozenset(["CloneBackward", "AliasBackward", "ToCopyBackward"])
 _FUSED_RNN = ("MkldnnRnnLayerBackward", "CudnnRnnBackward", "MiopenRnnBackward")
 
 
@@ -73,12 +105,20 @@ class Use:
         rows: makes the rows of the weight's gradient from it.
         route: how the weight came there: relabelled, or which part of it.
         flip: whether a transposition lies between.
+        looked_up: the indices of a lookup that has no samples (positions), and whose result is broadcast to them.
     """
 
     node: Any
     rows: Callable[[Tensor], Rows]
     route: tuple[object, ...]
     flip: bool
+    looked_up: Tensor | None = None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the weight comes with all of its elements, in their order but for a transposition."""
+        steps: Any = self.route
+        return all(step[0] in _IN_ORDER for step in steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,18 +194,43 @@ def _follow(
             elif name not in _SILENT:
                 onward = (*route, (name, seen, _arguments(taker), flip))
             fault = _follow(taker, shape, onward, turned, takers, uses)
+        elif name in _CUTS:
+            fault = _follow(taker, shape, (*route, (name, seen, _arguments(taker), flip)), flip, takers, uses)
         elif name in _SPLITS:
             # Which output of the split a taker has is known one level below.
             fault = _follow_parts(taker, route, flip, takers, uses)
         else:
+            if name == "EmbeddingBackward" and position == 0:
+                lifted = _lifted(taker, route, flip, takers)
+                if lifted is not None:
+                    uses += lifted
+                    continue
             rule = _RULES.get((name, position))
             rows = rule(taker, seen) if rule is not None else None
+            if flip and name == "EmbeddingBackward":
+                rows = None  # a lookup in a transposed table: its rows would lie along the other dim
             fault = name if rows is None else None
             if rows is not None:
                 uses.append(Use(taker, rows, route, flip))
         if fault is not None:
             return fault
     return None
+
+
+def _lifted(lookup: Any, route: tuple[object, ...], flip: bool, takers: Any) -> list[Use] | None:
+    """Uses of a looked-up table whose result is broadcast to the samples, as rows of the result; else None."""
+    result = lookup._input_metadata[0].shape if hasattr(lookup, "_input_metadata") else None
+    indices, padding = lookup._saved_indices, int(lookup._saved_padding_idx)
+    if result is None or flip or route or 0 <= padding < 1 << 62 or lookup._saved_scale_grad_by_freq:
+        return None
+    inner: list[Use] = []
+    if _follow(lookup, tuple(result), (), False, takers, inner) is not None:
+        return None
+    for use in inner:
+        spread = math.prod(use.node._input_metadata[0].shape) > math.prod(result)
+        if not (spread and use.in_order and not use.flip and use.looked_up is None):
+            return None
+    return [Use(use.node, use.rows, route, flip, indices) for use in inner]
 
 
 def _follow_parts(split: Any, route: tuple[object, ...], flip: bool, takers: Any, uses: list[Use]) -> str | None:
@@ -231,8 +296,6 @@ def _mm_first(node: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Rows] | N
     return lambda g: Factors(g.t().unsqueeze(1), second.t().unsqueeze(1), "left")
 
 
-
-
 def _added(node: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Rows] | None:
     if not _unit(node, "alpha", "beta"):
         return None
@@ -260,6 +323,18 @@ def _summed(g: Tensor, shape: tuple[int, ...]) -> Dense:
     if not g.dim():
         return Dense(g.reshape(1, 1))
     return Dense(g.permute(*spread, *kept).reshape(-1, numel))
+
+
+def _repeated(node: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Rows] | None:
+    repeats = tuple(int(count) for count in node._saved_repeats)
+    padded = (1,) * (len(repeats) - len(shape)) + shape
+
+    def rows(g: Tensor) -> Rows:
+        split = g.reshape([size for pair in zip(repeats, padded, strict=True) for size in pair])
+        order = [2 * d for d in range(len(repeats))] + [2 * d + 1 for d in range(len(repeats))]
+        return Dense(split.permute(order).flatten(len(repeats)).flatten(0, -2))
+
+    return rows
 
 
 def _layer_norm_weight(node: Any, shape: tuple[int, ...]) -> Callable[[Tensor], Rows] | None:
@@ -360,8 +435,13 @@ def _unfold(
     """The windows of a convolution, [N, C * kernel, positions]; one position for each element of `out`."""
     if all(size == 1 for size in kernel) and all(s == 1 for s in stride) and not any(padding):
         return x.flatten(2)
+    if len(kernel) == 2:
+        found = torch.nn.functional.unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
+        # A transposed convolution with output padding has positions that no window begins at.
+        if found.shape[2] == out[0] * out[1]:
+            return found
     pads: list[int] = []
-    for size, p in zip(reversed(kernel), reversed(list(padding)), strict=True):
+    for p in reversed(list(padding)):
         pads += [int(p), int(p)]
     padded = torch.nn.functional.pad(x, pads) if any(pads) else x.contiguous()
     n, c = padded.shape[:2]
@@ -385,6 +465,8 @@ _RULES: dict[tuple[str, int], Rule] = {
     ("AddBackward", 0): _layer_norm_bias,
     ("AddBackward", 1): _added,
     ("SubBackward", 0): _layer_norm_bias,
+    ("ExpandBackward", 0): _layer_norm_bias,
+    ("RepeatBackward", 0): _repeated,
     ("MulBackward", 0): _multiplied_first,
     ("MulBackward", 1): _multiplied_second,
     ("NativeLayerNormBackward", 1): _layer_norm_weight,
