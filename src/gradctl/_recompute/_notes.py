@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, UntypedStorage
 
-from gradctl._recompute._storage import Codec, Geometry, Packed, alias
+from gradctl._recompute._storage import Codec, Geometry, Packed, alias, copy_of
 
 Maker = tuple[int, int]
 """An operation's position in its region, and which of its outputs (below -1: which argument that it wrote)."""
@@ -30,6 +30,7 @@ class Version:
         operation: the note of the operation that made it, None where there is none.
         held: an alias that keeps the content, None where it must be made again.
         expected: the version counter of `held` when it was taken.
+        lent: what the region around this one gave for the content, which it may have dropped itself.
         copy: a copy of the content, where it may change or has been overwritten.
         packed: the content in fewer bytes.
         handles: how many saved tensors wait for it.
@@ -38,7 +39,7 @@ class Version:
     """
 
     __slots__ = (
-        "__weakref__", "copy", "expected", "handles", "held", "key", "layout", "maker", "mutable", "nbytes",
+        "__weakref__", "copy", "expected", "handles", "held", "key", "layout", "lent", "maker", "mutable", "nbytes",
         "operation", "packed", "storage", "used",
     )  # fmt: skip
 
@@ -51,6 +52,7 @@ class Version:
         self.operation = operation
         self.held: Tensor | None = None
         self.expected = 0
+        self.lent: Any = None
         self.copy: UntypedStorage | None = None
         self.packed: Packed | None = None
         self.handles = 0
@@ -68,7 +70,16 @@ class Version:
     @property
     def at_hand(self) -> bool:
         """Whether the content need not be made again."""
-        return self.held is not None or self.copy is not None or self.packed is not None
+        return self.held is not None or self.copy is not None or self.packed is not None or self.lent is not None
+
+    def keep_copy(self, storage: UntypedStorage) -> None:
+        """Keep a copy, because the content is about to be overwritten; what nothing reads needs none."""
+        if self.used and (self.held is not None or self.lent is not None):
+            self.copy, self.held, self.lent = copy_of(storage), None, None
+
+    def release(self) -> None:
+        """Let go of what was kept."""
+        self.held = self.copy = self.lent = None
 
 
 class Reference:

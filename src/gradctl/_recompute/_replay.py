@@ -149,6 +149,8 @@ def _source(version: Version, note: Operation) -> UntypedStorage:
         return version.copy
     if version.packed is not None:
         return unpack(version.packed)
+    if version.lent is not None:
+        return value(version.lent).untyped_storage()
     assert version.held is not None, f"{note} reads what nobody has kept"
     if version.held._version != version.expected:
         raise changed(version.held, version.expected, note)

@@ -150,9 +150,17 @@ class Tape:
             if found.mutable or (found.nbytes <= _SMALL and found.maker is None):
                 found.copy = copy_of(storage)
             else:
-                found.hold(tensor)
+                self._hold(found, tensor)
         found.used = True
         return found
+
+    def _hold(self, version: Version, tensor: Tensor) -> None:
+        """Keep what comes from outside; what a region around this one makes is left to it, for it may drop it."""
+        around = getattr(self.outer[0], "__self__", None) if self.outer is not None else None
+        if isinstance(around, Tape) and isinstance(lent := around.pack(tensor), Saved):
+            version.lent = lent
+        else:
+            version.hold(tensor)
 
     def _note(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int) -> Any:
         known = signature(function)
@@ -197,8 +205,7 @@ class Tape:
 
     def _before_write(self, tensor: Tensor) -> Version:
         version = self._read(tensor)
-        if version.held is not None and version.used:
-            version.copy, version.held = copy_of(tensor.untyped_storage()), None
+        version.keep_copy(tensor.untyped_storage())
         return version
 
     def _after_write(self, tensor: Tensor, before: Version, maker: Maker, note: Operation) -> Version:
@@ -221,8 +228,8 @@ class Tape:
         """Call an operation that is not noted; what it writes comes from outside from now on."""
         for tensor in written:
             version = self._known(tensor)
-            if version is not None and version.held is not None and version.used:
-                version.copy, version.held = copy_of(tensor.untyped_storage()), None
+            if version is not None:
+                version.keep_copy(tensor.untyped_storage())
         out = function(*args, **kwargs)
         for tensor in written:
             if type(tensor) in _PLAIN:
@@ -316,7 +323,7 @@ class Tape:
         read = {version for note in self.operations for version in note.reads}
         for version in self._versions.values():
             if version not in read and version not in self.dropped:
-                version.held = version.copy = None
+                version.release()
         for version in (*self._versions.values(), *read):
             if version.at_hand or (version not in self.dropped and version not in read):
                 version.operation = None
