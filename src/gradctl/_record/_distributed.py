@@ -77,6 +77,9 @@ class DataParallelTimes:
             )
 
 
+_NEVER_TRACED = ("_explain", "_journal", "_lineage", "_names", "_off", "_record", "_run", "_saved", "_taps")
+
+
 class CompilerSkip:
     """Keeps torch.compile from tracing our hooks: a compiled step breaks there and runs them as they are.
 
@@ -93,12 +96,13 @@ class CompilerSkip:
         return _taps.compile.subscribe(self._wrap, order="measure")
 
     def tell(self) -> None:
-        """Name our package to the compiler as one to skip."""
+        """Name the packages of our hooks to the compiler as ones to skip; what takes part in a forward is traced."""
         if not self._told:
             self._told = True
             skip = private.find("dynamo_skip")
             if skip is not None:
-                skip("gradctl")
+                for package in _NEVER_TRACED:
+                    skip(f"gradctl.{package}")
 
     def _wrap(self, inner: Any) -> Any:
         def compile(*args: Any, **kwargs: Any) -> Any:
