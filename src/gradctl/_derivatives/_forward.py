@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
@@ -146,12 +148,22 @@ class Buffers:
             torch.cuda.set_rng_state(self._cuda, self._device)
 
 
+@functools.cache
+def _first_level() -> None:
+    """Make a dual number once: torch then loads rules of its own, by a way that it has deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        with forward_ad.dual_level():
+            forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
 @contextlib.contextmanager
 def tangents(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Generator[None]:
     """Give leaves a tangent while the block runs, in place: whoever uses them, and however, sees it.
 
     The values are written over with themselves; the version counters stay as they were.
     """
+    _first_level()
     keep = find("preserve_version")
     with forward_ad.dual_level():
         for tensor, vector in zip(tensors, vectors, strict=True):

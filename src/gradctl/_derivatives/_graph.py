@@ -86,11 +86,12 @@ def refuse_no_second_derivative(reached: Reached, tensors: Sequence[Tensor]) -> 
 
 def notes_of(reached: Reached, tensors: Sequence[Tensor]) -> tuple[str, ...]:
     """Say what a product through this graph holds constant."""
-    return tuple(
+    found = (
         f"row {_padding(node)} of an embedding is its padding: held constant, as its gradient is always zero"
         for node in reached.nodes.get("EmbeddingBackward0", ())
         if _padding(node) is not None and leads_to(node, tensors)
     )
+    return tuple(dict.fromkeys(found))
 
 
 def _padding(node: Node) -> int | None:
