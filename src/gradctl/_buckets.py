@@ -20,8 +20,7 @@ from gradctl import _torch_private as private
 
 _SMALL = 1 << 16  # elements: below, one more call costs more than copying
 _GATHERED = 1 << 20  # elements gathered at once, so that the scratch buffer stays within 4 MiB
-_PIECE = 1 << 22  # elements of a large gradient read at once: float32 sums of more lose digits
-_FEW = 5  # so many calls cost no more than gathering
+_FEW = 4  # fewer are read one by one for what gathering costs
 _LAYOUTS_KEPT = 16  # a model with experts has another set of gradients in every step
 _PLAIN = (torch.float32, torch.float64)
 
@@ -89,10 +88,9 @@ class Gradients:
                 flat = self._buffer(layout.dtype, numel)
                 torch.cat(members(self.tensors), out=flat.view(shape))
                 squares += torch.dot(flat, flat).item()
-            for index in layout.large:
-                flat = self.tensors[index].view(-1)
-                for piece in (flat,) if flat.numel() <= _PIECE else flat.split(_PIECE):
-                    squares += torch.dot(piece, piece).item()
+            for norm in _norms([self.tensors[index] for index in layout.large]):
+                value = norm.item()
+                squares += value * value  # `**` would raise where this is inf
         except (RuntimeError, NotImplementedError, TypeError):  # not laid out as they were: strides, or sparse
             self._sum_rows(range(len(self.tensors)))
             self._layout = _layout_of(())  # torch's own way, for this once
@@ -110,8 +108,9 @@ class Gradients:
         total = 0.0
         for values in map(_values, self.tensors):
             kind = torch.complex128 if values.is_complex() else torch.float64
-            total += float(torch.linalg.vector_norm(_local(values.to(kind)))) ** 2
-        return math.sqrt(total)
+            value = float(torch.linalg.vector_norm(_local(values.to(kind))))
+            total = math.hypot(total, value)
+        return total
 
     @torch.no_grad()
     def multiply(self, factor: float | Tensor) -> None:
@@ -214,18 +213,22 @@ def _layout_of(tensors: Sequence[Tensor]) -> _Layout:
 def _norm_one_by_one(tensors: Sequence[Tensor]) -> float | Tensor:
     """Return the norm as torch reads it, with 16-bit gradients summed in float32: squares above 65504 are none."""
     norms: list[Tensor] = []
-    foreach = private.find("foreach_norm")
     for group in _by_kind(map(_values, tensors)):
         half = group[0].dtype in (torch.float16, torch.bfloat16)
-        if type(group[0]) is Tensor and foreach is not None:
-            norms += foreach(group, 2, dtype=torch.float32 if half else None)
-        else:
-            norms += [_local(torch.linalg.vector_norm(t, dtype=torch.float32 if half else None)) for t in group]
+        norms += _norms(group, torch.float32 if half else None)
     if not norms:
         return 0.0
     device = next((norm.device for norm in norms if not norm.is_cpu), norms[0].device)
     total = torch.linalg.vector_norm(torch.stack([norm.to(device, non_blocking=True).float() for norm in norms]))
     return total.item() if total.is_cpu else total
+
+
+def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
+    """Return the norm of each tensor, all of one device, dtype and class, summed in `dtype`."""
+    foreach = private.find("foreach_norm")
+    if not tensors or (foreach is not None and type(tensors[0]) is Tensor):
+        return foreach(tensors, 2, dtype=dtype) if tensors and foreach is not None else ()
+    return [_local(torch.linalg.vector_norm(tensor, dtype=dtype)) for tensor in tensors]
 
 
 def _values(tensor: Tensor) -> Tensor:

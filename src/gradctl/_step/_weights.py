@@ -73,7 +73,7 @@ def as_count(items: Any) -> float:
         UsageError: it is negative, NaN, inf, or no number.
     """
     try:
-        count = float(items)
+        count = float(items.detach() if isinstance(items, Tensor) else items)
     except (TypeError, ValueError) as error:
         raise UsageError(f"items={items!r}", what="a number of items is needed") from error
     if not 0.0 <= count < math.inf:
