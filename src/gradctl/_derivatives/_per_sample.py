@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from gradctl._derivatives._batch import (
 )
 from gradctl._derivatives._factor_norms import formed
 from gradctl._derivatives._graph_rows import Plan, read_graph
-from gradctl._derivatives._per_sample_check import check_sum, refuse_unsplittable, tolerance
+from gradctl._derivatives._per_sample_check import check_sum, plain_gradient, tolerance
 from gradctl._derivatives._shares import Shares, shares_of
 from gradctl._derivatives._weight_uses import Dense, Factors
 from gradctl._errors import GradctlError, NotPerSample, UsageError
@@ -274,26 +274,6 @@ def one_by_one(
             for name, gradient in zip(names, plain_gradient(loss, values), strict=True):
                 found[name][index] = gradient
     return found
-
-
-def plain_gradient(loss: Tensor, values: list[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
-    """The gradient of a loss, with zeros for what it does not depend on.
-
-    Raises:
-        NotPerSample: the forward used reentrant activation checkpointing.
-    """
-    if not loss.requires_grad:
-        return [torch.zeros_like(value) for value in values]
-    grads: Sequence[Tensor | None]
-    try:
-        grads = torch.autograd.grad(loss, values, allow_unused=True, retain_graph=retain_graph)
-    except RuntimeError as error:
-        refuse_unsplittable(error)
-        raise
-    return [
-        torch.zeros_like(value) if g is None else (g.to_dense() if g.is_sparse else g)
-        for g, value in zip(grads, values, strict=True)
-    ]
 
 
 def _shares(model: nn.Module, loss_fn: LossFn, batch: Batch, generators: Generators) -> Shares:

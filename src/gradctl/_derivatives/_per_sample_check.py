@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,18 +162,27 @@ def _whole_gradient(
 ) -> dict[str, Tensor]:
     with torch.enable_grad():
         _, loss = call(model, loss_fn, batch)
-        if not loss.requires_grad:
-            return {name: torch.zeros_like(value) for name, value in parameters.items()}
-        grads: Sequence[Tensor | None]
-        try:
-            grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        except RuntimeError as error:
-            refuse_unsplittable(error)
-            raise
-    return {
-        name: torch.zeros_like(value) if g is None else (g.to_dense() if g.is_sparse else g)
-        for (name, value), g in zip(parameters.items(), grads, strict=True)
-    }
+        return dict(zip(parameters, plain_gradient(loss, list(parameters.values())), strict=True))
+
+
+def plain_gradient(loss: Tensor, values: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
+    """The gradient of a loss, with zeros for what it does not depend on.
+
+    Raises:
+        NotPerSample: the forward used reentrant activation checkpointing.
+    """
+    if not loss.requires_grad:
+        return [torch.zeros_like(value) for value in values]
+    try:
+        found = torch.autograd.grad(loss, values, allow_unused=True, retain_graph=retain_graph)
+    except RuntimeError as error:
+        refuse_unsplittable(error)
+        raise
+    grads = cast("Sequence[Tensor | None]", found)
+    return [
+        torch.zeros_like(value) if g is None else (g.to_dense() if g.is_sparse else g)
+        for g, value in zip(grads, values, strict=True)
+    ]
 
 
 def tolerance(parameters: Mapping[str, Tensor]) -> float:

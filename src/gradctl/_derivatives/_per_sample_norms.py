@@ -27,8 +27,15 @@ from gradctl._derivatives._batch import (
 )
 from gradctl._derivatives._factor_norms import products, squared_norms
 from gradctl._derivatives._graph_rows import Parts, Plan, Reading, read_graph
-from gradctl._derivatives._per_sample import per_sample_of, plain_gradient
-from gradctl._derivatives._per_sample_check import coupled, coupled_module, told_wrongly, tolerance, unequal
+from gradctl._derivatives._per_sample import per_sample_of
+from gradctl._derivatives._per_sample_check import (
+    coupled,
+    coupled_module,
+    plain_gradient,
+    told_wrongly,
+    tolerance,
+    unequal,
+)
 from gradctl._derivatives._shares import shares_of
 from gradctl._derivatives._weight_uses import Dense, Factors
 from gradctl._errors import UsageError
