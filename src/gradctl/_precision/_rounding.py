@@ -56,7 +56,8 @@ def join(values: Tensor, lower: Tensor) -> None:
         values: float32 [n], each a bfloat16.
         lower: int16 [n].
     """
-    values.view(torch.int32).add_(lower)
+    # A zero has nothing below it: what is left over from another weight would make it NaN.
+    values.view(torch.int32).add_(torch.where(values == 0, lower.clamp_min(0), lower))
 
 
 def _bits(values: Tensor) -> Tensor:
