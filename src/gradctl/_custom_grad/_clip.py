@@ -150,6 +150,8 @@ _HALF = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.comp
 
 
 def _dense(g: Tensor, by: str) -> Tensor:
+    if torch.compiler.is_compiling():
+        return g  # Dynamo does not let a backward ask for the layout; a compiled sparse gradient fails in the norm
     if g.layout is not torch.strided and not g.is_nested:
         raise UsageError(
             f"clip({by}=…): the gradient is sparse ({g.layout})",

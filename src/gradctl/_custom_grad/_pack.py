@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,8 +32,7 @@ class Layout:
         return [name + path for path, hole in zip(paths, self.holes, strict=True) if hole]
 
 
-@dataclass(frozen=True, slots=True)
-class Nest:
+class Nest(NamedTuple):
     """The tensors of a nest, and what is left when they are taken out.
 
     Args:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gradctl._custom_grad._arguments import pytree, word
-from gradctl._custom_grad._pack import Layout, Nest
+from gradctl._custom_grad._pack import Layout
 from gradctl._errors import BadVjp
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Expected:
     """What the gradients of one call must look like.
 
@@ -29,7 +29,7 @@ class Expected:
     call: str
     parameters: tuple[str, ...]
     layout: Layout | tuple[Layout, ...] | str | None
-    like: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    like: list[tuple[torch.Size, torch.dtype, torch.device]]
     autocast_dtype: torch.dtype | None
 
     def names(self) -> list[str]:
@@ -40,12 +40,6 @@ class Expected:
         return [name for parameter, layout in both for name in layout.names(parameter)]
 
 
-def expect(call: str, parameters: tuple[str, ...], nest: Nest, autocast_dtype: torch.dtype | None) -> Expected:
-    """Note what the gradients of these arguments must look like."""
-    like = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in nest.tensors)
-    return Expected(call, parameters, nest.layout, like, autocast_dtype)
-
-
 def returned(expected: Expected, grads: Any, needed: Sequence[bool]) -> list[Tensor | None]:
     """Return one gradient for each tensor in the arguments, None where none is needed.
 
@@ -54,7 +48,8 @@ def returned(expected: Expected, grads: Any, needed: Sequence[bool]) -> list[Ten
     """
     flat = _flat(expected, grads)
     out: list[Tensor | None] = []
-    for number, (grad, need, (shape, dtype, device)) in enumerate(zip(flat, needed, expected.like, strict=True)):
+    for number, grad in enumerate(flat):
+        need, (shape, dtype, device) = needed[number], expected.like[number]
         if grad is None:
             if need:
                 raise _missing(expected, number)
@@ -83,7 +78,7 @@ def _flat(expected: Expected, grads: Any) -> Sequence[Any]:
             what=f"the arguments are {', '.join(expected.parameters)}",
             fix="a tuple with one gradient for each argument, None for one that has none",
         )
-    if not isinstance(expected.layout, tuple):
+    if not isinstance(expected.layout, tuple):  # plain tensors
         return grads
     flat: list[Any] = []
     for name, entry, layout in zip(expected.parameters, grads, expected.layout, strict=True):

@@ -68,8 +68,7 @@ def refuse(call: str, grad: Tensor, links: Sequence[Tensor]) -> Tensor:
 
 def edge(x: Tensor) -> Tensor:
     """Return an empty tensor that hangs on `x` in the graph, and does not keep its memory alive."""
-    with torch.enable_grad():
-        return (x if x.dim() else x.reshape(1)).narrow_copy(0, 0, 0)
+    return (x if x.dim() else x.reshape(1)).narrow_copy(0, 0, 0)
 
 
 def repeated(call: str, before: Sequence[Tensor], again: Sequence[Tensor]) -> None:

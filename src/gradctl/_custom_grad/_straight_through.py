@@ -45,7 +45,8 @@ class Window(Function):
 
 def _inside(ctx: Any, passing: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    return torch.where((x >= ctx.low) & (x <= ctx.high), passing, 0)  # where, not a product: 0 times inf is nan
+    # One pass, where comparisons and a product take four and turn inf outside into nan. Its bounds are excluded.
+    return torch.ops.aten.hardtanh_backward(passing, x, ctx.low, ctx.high)
 
 
 def _tangent(ctx: Any, *tangents: Any) -> Any:
@@ -68,8 +69,8 @@ def straight_through(
         quantised: a function of `x` alone, or its result (which then gets no gradient of its own). Of the shape,
             dtype and device of `x`.
         x: a floating or complex tensor of any shape; the gradient goes here.
-        backward: `"identity"`: the gradient passes as it is. `"clipped"`: it passes where `x` lies in `bounds`, ends
-            included, and is 0 elsewhere and at nan. A function: it passes through the backward of that function at `x`,
+        backward: `"identity"`: the gradient passes as it is. `"clipped"`: it is 0 where `x` lies outside of `bounds`
+            (ends are inside, and so is nan). A function: it passes through the backward of that function at `x`,
             parameters of the function included.
         bounds: for `"clipped"` only: (low, high), by default (-1, 1).
     Returns:
@@ -95,7 +96,7 @@ def straight_through(
                 why="complex numbers lie neither above nor below a bound",
                 fix="backward='identity', or a function",
             )
-        return carry(WINDOW, value, x, *_bounds(bounds))
+        return carry(WINDOW, value, x, *_bounds(bounds, x.dtype))
     if not callable(backward):
         raise UsageError(f"straight_through: backward={backward!r}", fix="'identity', 'clipped' or a function")
     surrogate = backward(x)
@@ -128,15 +129,39 @@ def _quantise(quantised: Any, x: Tensor) -> Any:
     return value
 
 
-def _bounds(bounds: Any) -> tuple[float, float]:
+def _bounds(bounds: Any, dtype: torch.dtype) -> tuple[float, float]:
+    """Return the largest number of `dtype` below the lower bound, and the smallest above the upper one."""
     if bounds is None:
-        return -1.0, 1.0
+        return _ONE[dtype] if dtype in _ONE else (-_above(1.0, dtype), _above(1.0, dtype))
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise UsageError(f"straight_through: bounds={bounds!r}", fix="two numbers: (low, high)")
     low, high = (float(bound) for bound in bounds)
-    if not low < high or math.isnan(low) or math.isnan(high):
+    if not low < high:
         raise UsageError(f"straight_through: bounds={bounds!r} hold nothing", fix="(low, high) with low below high")
-    return low, high
+    return -_above(-low, dtype), _above(high, dtype)
+
+
+def _above(bound: float, dtype: torch.dtype) -> float:
+    """Round `bound` to `dtype`, and return the next number of that dtype above it."""
+    if dtype == torch.float64 or math.isinf(bound):
+        return math.nextafter(bound, math.inf)
+    limits = torch.finfo(dtype)
+    least = limits.smallest_normal * limits.eps
+    step = max(limits.eps * 2.0 ** (math.frexp(bound)[1] - 1), least)
+    rounded = round(bound / step) * step if bound else 0.0
+    mantissa, exponent = math.frexp(rounded)
+    if rounded == 0:
+        return least
+    step = limits.eps * 2.0 ** (exponent - 1)
+    if mantissa == -0.5:  # towards zero from a power of two numbers lie twice as dense
+        step /= 2
+    return rounded + max(step, least)
+
+
+_ONE = {
+    dtype: (-_above(1.0, dtype), _above(1.0, dtype))
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+}
 
 
 def _name(function: Any) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,11 +14,9 @@ from torch.autograd import Function
 from gradctl._custom_grad import _second_order as second
 from gradctl._custom_grad._captured import captured
 from gradctl._custom_grad._pack import Layout, Nest, pack, unpack
-from gradctl._custom_grad._returned import Expected, expect, returned
+from gradctl._custom_grad._returned import Expected, returned
 from gradctl._custom_grad._vehicle import Family, carry_none, family, no_forward_mode, transforms_active
 from gradctl._errors import UsageError
-
-Source = tuple[Literal["input", "output", "own"], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +39,44 @@ class Rule:
 
 
 @dataclass(slots=True)
-class Call:
+class Call(Expected):
     """What backward has to know of one forward, tensors apart.
+
+    Saved for backward are, in this order: the inputs of these numbers, the outputs of these numbers, and the residuals
+    that are neither.
 
     Args:
         rule: what was called.
-        expected: what the gradients must look like.
-        autocast: device type and dtype of autocast in forward; the dtype is None where it was off, and all of it None
-            where nobody has to put it back.
+        device_type: of the autocast that has to be put back in backward; None where nobody has to.
         out: how the results are nested.
-        residuals: how the residuals are nested; None in the plain form.
-        sources: where each residual is kept: it is an input, an output or one of its own.
         differentiable: which outputs can have a gradient.
+        inputs: the inputs that are saved.
+        outputs: the outputs that are saved.
+        residuals: how the residuals are nested; None in the plain form.
+        places: where each residual stands among what is saved.
+        links: an empty tensor for each input that requires a gradient and is not saved: it hangs on the input in the
+            graph, and does not keep its memory alive.
     """
 
     rule: Rule
-    expected: Expected
-    autocast: tuple[str, torch.dtype | None] | None
+    device_type: str | None
     out: Any = None
+    differentiable: Sequence[bool] = ()
+    inputs: Sequence[int] = ()
+    outputs: Sequence[int] = ()
     residuals: Any = None
-    sources: tuple[Source, ...] = ()
-    differentiable: tuple[bool, ...] = ()
-
-    @property
-    def recomputes(self) -> bool:
-        """Whether a derivative of the backward needs a second forward: some residual is neither input nor output."""
-        return self.rule.second_order == "differentiate" and any(kind == "own" for kind, _ in self.sources)
-
-    def kept(self, kind: str) -> list[int]:
-        """Return which inputs or outputs backward needs, in order."""
-        return sorted({number for source, number in self.sources if source == kind})
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """The tensors of a call in backward: inputs and outputs by number, residuals of their own, links to the inputs."""
-
-    inputs: dict[int, Tensor]
-    outputs: dict[int, Tensor]
-    own: Sequence[Tensor]
-    links: Sequence[Tensor]
+    places: Sequence[int] = ()
+    links: Sequence[Tensor] = ()
 
 
 def begin(rule: Rule, parameters: tuple[str, ...], arguments: Nest) -> Call:
     """Note what a call is made of, before its forward."""
-    if torch.compiler.is_compiling() or not arguments.tensors:
-        # Inductor and AOTAutograd run backward under the autocast of forward by themselves.
-        return Call(rule, expect(rule.name, parameters, arguments, _autocast_dtype("cpu")), None)
-    kind = arguments.tensors[0].device.type
-    dtype = _autocast_dtype(kind)
-    return Call(rule, expect(rule.name, parameters, arguments, dtype), (kind, dtype))
+    tensors = arguments.tensors
+    like = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
+    kind = tensors[0].device.type if tensors else "cpu"
+    # AOTAutograd runs backward under the autocast of forward by itself.
+    restored = None if torch.compiler.is_compiling() else kind
+    return Call(rule.name, parameters, arguments.layout, like, _autocast_dtype(kind), rule, restored)
 
 
 def _autocast_dtype(kind: str) -> torch.dtype | None:
@@ -103,34 +89,19 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def run(call: Call, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def run(call: Call, tensors: Sequence[Tensor], keep_inputs: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Run forward, and sort its results into outputs and residuals of their own.
 
     Raises:
-        UsageError: forward changed an argument in place, or did not return (out, residuals).
+        UsageError: forward changed an argument in place, or did not return what its form asks for.
     """
     rule = call.rule
     versions = _versions(tensors)
-    result = rule.forward(*unpack(tensors, call.expected.layout))
+    result = rule.forward(*unpack(tensors, call.layout))
     if versions is not None and _versions(tensors) != versions:
-        changed = [
-            name
-            for name, t, before in zip(call.expected.names(), tensors, versions, strict=True)
-            if t._version != before
-        ]
-        raise UsageError(
-            f"custom_vjp({rule.name}): forward changed {changed[0]} in place",
-            why="whoever else uses it would see the new value with the gradient of the old one",
-            fix=f"work on a copy: {changed[0]}.clone()",
-        )
-    if rule.residuals == "inputs":
-        out = pack(result)
-        call.sources = (
-            *(("input", number) for number in range(len(tensors))),
-            *(("output", number) for number in range(len(out.tensors))),
-        )
-        own: list[Tensor] = []
-    else:
+        raise _changed(call, tensors, versions)
+    kept = None
+    if rule.residuals == "returned":
         if not isinstance(result, tuple) or len(result) != 2:
             got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
             raise UsageError(
@@ -138,26 +109,88 @@ def run(call: Call, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
                 why="with residuals='returned' it returns two things: what the caller gets, and what backward needs",
                 fix="return out, (x, y, …)",
             )
-        out, kept = pack(result[0]), pack(result[1])
+        result, kept = result[0], pack(result[1])
         _nothing_hidden(call, kept)
-        call.residuals = kept.layout
-        own = []
-        sources: list[Source] = []
-        for residual in kept.tensors:
-            sources.append(_source(residual, tensors, out.tensors, own))
-            if sources[-1] == ("own", len(own)):
-                own.append(residual)
-        call.sources = tuple(sources)
-    if not out.tensors:
+    out = pack(result)
+    outputs = list(out.tensors)
+    if not outputs:
         raise UsageError(
             f"custom_vjp({rule.name}): forward returned no tensor", fix="return a tensor, or a nest that holds one"
         )
     call.out = out.layout
-    call.differentiable = tuple(t.is_floating_point() or t.is_complex() for t in out.tensors)
-    outputs: list[Tensor] = []
-    for tensor in out.tensors:  # torch gives one tensor that is returned twice one gradient only
-        outputs.append(tensor.view_as(tensor) if any(tensor is one for one in outputs) else tensor)
+    call.differentiable = [tensor.is_floating_point() or tensor.is_complex() for tensor in outputs]
+    own: list[Tensor] = []
+    if kept is None:
+        call.inputs, call.outputs = range(len(tensors)), range(len(outputs))
+    else:
+        own = _sort(call, kept, tensors, outputs, keep_inputs)
+    for number in range(1, len(outputs)):  # torch gives a tensor that is returned twice one gradient only
+        if any(outputs[number] is before for before in outputs[:number]):
+            outputs[number] = outputs[number].view_as(outputs[number])
     return outputs, own
+
+
+def _sort(
+    call: Call, kept: Nest, inputs: Sequence[Tensor], outputs: Sequence[Tensor], keep_inputs: bool
+) -> list[Tensor]:
+    """Say where each residual is saved: as the input or output that it is, to keep its graph, or on its own."""
+    own: list[Tensor] = []
+    found: list[int] = []
+    for residual in kept.tensors:
+        at = _index(residual, inputs)
+        if at < 0:
+            at = _index(residual, outputs)
+            at = len(inputs) + at if at >= 0 else at
+        if at < 0:
+            at = _index(residual, own)
+            if at < 0:
+                at = len(own)
+                own.append(residual)
+            at += len(inputs) + len(outputs)
+        found.append(at)
+    keep_inputs = keep_inputs or (len(own) > 0 and call.rule.second_order == "differentiate")
+    plan = _planned if torch.compiler.is_compiling() else _remembered
+    call.inputs, call.outputs, call.places = plan(tuple(found), len(inputs), len(outputs), keep_inputs)
+    call.residuals = kept.layout
+    return own
+
+
+def _index(tensor: Tensor, among: Sequence[Tensor]) -> int:
+    for number, one in enumerate(among):
+        if one is tensor:
+            return number
+    return -1
+
+
+def _planned(
+    found: tuple[int, ...], inputs: int, outputs: int, keep_inputs: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Return which inputs and outputs are saved, and where each residual then stands.
+
+    Args:
+        found: of each residual, where it stands among all inputs, all outputs and its own kind.
+        inputs: how many inputs there are.
+        outputs: how many outputs there are.
+        keep_inputs: save every input.
+    """
+    used = sorted(set(found))
+    own = [at for at in used if at >= inputs + outputs]
+    kept = list(range(inputs)) if keep_inputs else [at for at in used if at < inputs]
+    saved = kept + [at for at in used if inputs <= at < inputs + outputs] + own
+    return kept, [at - inputs for at in used if inputs <= at < inputs + outputs], [saved.index(at) for at in found]
+
+
+_remembered = functools.cache(_planned)
+
+
+def _changed(call: Call, tensors: Sequence[Tensor], versions: tuple[int, ...]) -> UsageError:
+    pairs = zip(call.names(), tensors, versions, strict=True)
+    name = next(name for name, tensor, before in pairs if tensor._version != before)
+    return UsageError(
+        f"custom_vjp({call.call}): forward changed {name} in place",
+        why="whoever else uses it would see the new value with the gradient of the old one",
+        fix=f"work on a copy: {name}.clone()",
+    )
 
 
 def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
@@ -167,16 +200,6 @@ def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
         return tuple([tensor._version for tensor in tensors])
     except RuntimeError:
         return None  # tensors of inference mode keep none
-
-
-def _source(residual: Tensor, inputs: Sequence[Tensor], outputs: Sequence[Tensor], own: Sequence[Tensor]) -> Source:
-    for number, tensor in enumerate(inputs):
-        if residual is tensor:
-            return ("input", number)
-    for number, tensor in enumerate(outputs):
-        if residual is tensor:
-            return ("output", number)
-    return ("own", len(own))
 
 
 def _nothing_hidden(call: Call, kept: Nest) -> None:
@@ -211,52 +234,53 @@ def refuse_captured(call: Call, results: Sequence[Tensor]) -> None:
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def spread(call: Call, saved: Saved, grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+def spread(call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """Return the gradient of each input tensor: run the backward that was given, and check what it returns."""
-    grad = unpack([g if has else None for g, has in zip(grads, call.differentiable, strict=True)], call.out)
-    with _as_in_forward(call):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return returned(call.expected, _given(call, saved, grad), needed)
-        if call.rule.second_order == "differentiate":
-            own = _recorded(call, saved) if call.recomputes else saved.own
-            return returned(call.expected, _given(call, Saved(saved.inputs, saved.outputs, own, ()), grad), needed)
-        with torch.no_grad():
-            found = returned(call.expected, _given(call, saved, grad), needed)
-    links = [*saved.links, *saved.inputs.values(), *saved.outputs.values(), *grads]
-    return [None if one is None else second.refuse(call.rule.name, one, links) for one in found]
+    kind = call.device_type
+    if kind is None or _autocast_dtype(kind) is call.autocast_dtype:
+        return _checked(call, saved, grads, needed)
+    # What autocast cast in forward has to be cast here.
+    with torch.autocast(kind, dtype=call.autocast_dtype, enabled=call.autocast_dtype is not None):
+        return _checked(call, saved, grads, needed)
 
 
-def _given(call: Call, saved: Saved, grad: Any) -> Any:
+def _checked(
+    call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return returned(call, _given(call, saved, grads), needed)
+    if call.rule.second_order == "differentiate":
+        own = len(saved) - len(call.inputs) - len(call.outputs)
+        if own and call.residuals is not None:
+            saved = _recorded(call, saved, own)
+        return returned(call, _given(call, saved, grads), needed)
+    with torch.no_grad():
+        found = returned(call, _given(call, saved, grads), needed)
+    links = [*call.links, *saved, *grads]
+    return [None if one is None else second.refuse(call.call, one, links) for one in found]
+
+
+def _given(call: Call, saved: Sequence[Tensor], grads: Sequence[Tensor]) -> Any:
+    if not all(call.differentiable):
+        grads = cast(Any, [g if has else None for g, has in zip(grads, call.differentiable, strict=True)])
+    grad = unpack(grads, call.out)
     if call.rule.residuals == "inputs":
-        inputs = unpack([saved.inputs[number] for number in sorted(saved.inputs)], call.expected.layout)
-        out = unpack([saved.outputs[number] for number in sorted(saved.outputs)], call.out)
-        return call.rule.backward(inputs, out, grad)
-    homes = {"input": saved.inputs, "output": saved.outputs, "own": saved.own}
-    return call.rule.backward(unpack([homes[kind][number] for kind, number in call.sources], call.residuals), grad)
+        count = len(call.inputs)
+        return call.rule.backward(unpack(saved[:count], call.layout), unpack(saved[count:], call.out), grad)
+    return call.rule.backward(unpack([saved[place] for place in call.places], call.residuals), grad)
 
 
-def _recorded(call: Call, saved: Saved) -> list[Tensor]:
+def _recorded(call: Call, saved: Sequence[Tensor], count: int) -> list[Tensor]:
     """Run forward again with the graph on, so that the residuals hang on the inputs."""
-    inputs = [saved.inputs[number] for number in sorted(saved.inputs)]
-    again = Call(call.rule, call.expected, call.autocast)
+    inputs = saved[: len(call.inputs)]
+    again = Call(call.call, call.parameters, call.layout, call.like, call.autocast_dtype, call.rule, call.device_type)
     random = torch.get_rng_state()
-    _, own = run(again, inputs)
-    if transforms_active() and not torch.equal(torch.get_rng_state(), random):
-        raise second.not_repeated(call.rule.name)
-    if len(own) != len(saved.own):
-        raise second.not_repeated(call.rule.name)
-    second.repeated(call.rule.name, saved.own, own)
-    return own
-
-
-def _as_in_forward(call: Call) -> contextlib.AbstractContextManager[Any]:
-    """Put the autocast of forward back: what it cast there has to be cast here."""
-    if call.autocast is None:
-        return contextlib.nullcontext()
-    kind, dtype = call.autocast
-    if _autocast_dtype(kind) is dtype:
-        return contextlib.nullcontext()
-    return torch.autocast(kind, dtype=dtype, enabled=dtype is not None)
+    _, own = run(again, inputs, keep_inputs=True)
+    drew = transforms_active() and not torch.equal(torch.get_rng_state(), random)
+    if drew or len(own) != count:
+        raise second.not_repeated(call.call)
+    second.repeated(call.call, saved[-count:], own)
+    return [*saved[:-count], *own]
 
 
 # -- the two Functions ------------------------------------------------------------------------------------------------
@@ -277,41 +301,19 @@ class Inside(Function):
     def forward(ctx: Any, call: Call, watch: bool, *tensors: Tensor) -> Any:
         """Run forward, and save what backward needs where autograd, hooks and version counters see it."""
         if watch:
-            aliases = [tensor.detach() for tensor in tensors]
-            with torch.enable_grad():
-                outputs, own = run(call, aliases)
-            refuse_captured(call, [*outputs, *own])
-            outputs = [
-                next((tensor for tensor, one in zip(tensors, aliases, strict=True) if one is out), out)
-                for out in outputs
-            ]
+            outputs, own = _watched(call, tensors)
         else:
-            outputs, own = run(call, tensors)
-        inputs = range(len(tensors)) if call.recomputes else call.kept("input")
-        ctx.call, ctx.inputs = call, inputs
-        ctx.save_for_backward(*[tensors[n] for n in inputs], *[outputs[n] for n in call.kept("output")], *own)
-        ctx.links = ()
-        if call.rule.second_order == "refuse":
-            ctx.links = tuple([second.edge(t) for n, t in enumerate(tensors) if t.requires_grad and n not in inputs])
-        if not all(call.differentiable):
-            ctx.mark_non_differentiable(
-                *[out for out, has in zip(outputs, call.differentiable, strict=True) if not has]
-            )
+            outputs, own = run(call, tensors, keep_inputs=False)
+        ctx.call = call
+        ctx.save_for_backward(*[tensors[n] for n in call.inputs], *[outputs[n] for n in call.outputs], *own)
+        _mark(ctx, call, outputs)
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Run the backward that was given."""
-        call, saved = ctx.call, ctx.saved_tensors
-        kept = call.kept("output")
-        start, stop = len(ctx.inputs), len(ctx.inputs) + len(kept)
-        tensors = Saved(
-            dict(zip(ctx.inputs, saved[:start], strict=True)),
-            dict(zip(kept, saved[start:stop], strict=True)),
-            saved[stop:],
-            ctx.links,
-        )
-        return None, None, *spread(call, tensors, grads, ctx.needs_input_grad[2:])
+        found = spread(ctx.call, ctx.saved_tensors, grads, ctx.needs_input_grad[2:])
+        return None, None, *found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -331,27 +333,37 @@ class Attach(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Save outputs, inputs and residuals."""
-        ctx.call = inputs[0]
-        count = len(ctx.call.differentiable)
-        ctx.save_for_backward(*output, *inputs[1 + count :])
-        if not all(ctx.call.differentiable):
-            pairs = zip(output, ctx.call.differentiable, strict=True)
-            ctx.mark_non_differentiable(*[out for out, has in pairs if not has])
+        """Save inputs, outputs and residuals."""
+        call = ctx.call = inputs[0]
+        outs = len(call.differentiable)
+        given, own = inputs[1 + outs : 1 + outs + len(call.like)], inputs[1 + outs + len(call.like) :]
+        ctx.save_for_backward(*[given[n] for n in call.inputs], *[output[n] for n in call.outputs], *own)
+        ctx.own = len(own)
+        _mark(ctx, call, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Run the backward that was given."""
-        call, saved = ctx.call, ctx.saved_tensors
-        count, inputs = len(call.differentiable), len(call.expected.like)
-        tensors = Saved(
-            dict(enumerate(saved[count : count + inputs])),
-            dict(enumerate(saved[:count])),
-            saved[count + inputs :],
-            (),
-        )
-        found = spread(call, tensors, grads, ctx.needs_input_grad[1 + count : 1 + count + inputs])
-        return None, *[None] * count, *found, *[None] * (len(saved) - count - inputs)
+        call = ctx.call
+        outs = len(call.differentiable)
+        needed = ctx.needs_input_grad[1 + outs : 1 + outs + len(call.like)]
+        return None, *[None] * outs, *spread(call, ctx.saved_tensors, grads, needed), *[None] * ctx.own
+
+
+def _mark(ctx: Any, call: Call, outputs: Sequence[Tensor]) -> None:
+    if not all(call.differentiable):
+        pairs = zip(outputs, call.differentiable, strict=True)
+        ctx.mark_non_differentiable(*[out for out, has in pairs if not has])
+
+
+def _watched(call: Call, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Run forward with the graph on and on constants: what it records comes from around the function."""
+    constants = [tensor.detach() for tensor in tensors]
+    with torch.enable_grad():
+        outputs, own = run(call, constants, keep_inputs=False)
+    refuse_captured(call, [*outputs, *own])
+    pairs = list(zip(constants, tensors, strict=True))
+    return [next((tensor for constant, tensor in pairs if constant is out), out) for out in outputs], own
 
 
 def _no_tangent(name: str) -> Callable[..., Any]:
@@ -370,9 +382,12 @@ def apply(call: Call, arguments: Nest, watch: bool) -> Any:
     """Call the function, with its backward hung on what it returns."""
     if torch.compiler.is_compiling() or transforms_active():
         constants = [tensor.detach() for tensor in arguments.tensors]
-        outputs, own = run(call, constants)
+        outputs, own = run(call, constants, keep_inputs=call.rule.second_order == "refuse")
         refuse_captured(call, [*outputs, *own])
         found = carry_none(ATTACH, call, *outputs, *arguments.tensors, *own)
     else:
-        found = INSIDE[call.rule.name].apply(call, watch, *arguments.tensors)
+        found = INSIDE[call.call].apply(call, watch, *arguments.tensors)
+        if len(call.inputs) < len(call.like) and call.rule.second_order == "refuse" and torch.is_grad_enabled():
+            tensors = enumerate(arguments.tensors)
+            call.links = [second.edge(t) for n, t in tensors if t.requires_grad and n not in call.inputs]
     return unpack(found if isinstance(found, tuple) else (found,), call.out)
