@@ -26,7 +26,7 @@ from gradctl._names._patterns import Pattern, select
 from gradctl._results import Findings
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-_NOT_TWICE = re.compile(r"derivative for (\S+) is not implemented|once_differentiable|not (?:twice )?differentiable")
+_NOT_TWICE = re.compile(r"derivative for (?:'(\w+)'|(\S+)) is not implemented|once_differentiable|not (?:twice )?differentiable")
 _NO_DERIVATIVE = re.compile(r"the derivative for '(\w+)' is not implemented")
 
 
@@ -36,7 +36,7 @@ def check(
     params: Module | Mapping[str, Tensor] | Sequence[Pattern] | None = None,
     *,
     order: Literal[1, 2] = 1,
-    probes: int = 3,
+    probes: int = 2,
     seed: int = 0,
     expected: Sequence[Pattern] = (),
     notes: bool = False,
@@ -280,7 +280,7 @@ def _known(error: Exception, order: int) -> Exception:
     """Return our error for what torch cannot differentiate, or the error itself."""
     text = next(iter(str(error).splitlines()), "")
     missing = _NO_DERIVATIVE.search(text)
-    if missing is not None:
+    if missing is not None and order == 1:
         return UsageError(
             f"torch has no derivative by {missing.group(1)!r} at all",
             what=text,
@@ -289,7 +289,7 @@ def _known(error: Exception, order: int) -> Exception:
     twice = _NOT_TWICE.search(text) if order == 2 else None
     if twice is not None:
         return NoSecondDerivative(
-            f"{twice.group(1) or 'a function on the way'} has no second derivative",
+            f"{next((name for name in twice.groups() if name), 'a function on the way')} has no second derivative",
             what=text,
             fix="use an operation that has one, or order=1 when nothing differentiates its gradient",
         )

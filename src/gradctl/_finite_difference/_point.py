@@ -13,6 +13,10 @@ from torch.nn import Parameter
 
 from gradctl._finite_difference._state import RandomStates
 
+_LEAST_OUTPUT = 1e-3
+# What directions are made of: 128 sizes between 0.5 and 1.5, of either sign.
+_NUMBERS = torch.cat([sizes := (torch.arange(128, dtype=torch.float64) + 0.5) / 128 + 0.5, -sizes])
+
 
 def _nothing() -> None:
     return
@@ -64,6 +68,8 @@ class Point:
         self._seed = seed
         self._leaves: list[Parameter] = []
         self._outputs: list[Tensor] = []
+        # Those of one probe only: a direction is as large as the parameters.
+        self._drawn: tuple[int, list[Tensor], dict[int, Tensor]] = (-1, [], {})
         outputs = self._forward(self.values)
         chosen = [i for i, out in enumerate(outputs) if out.requires_grad]
         # When no output has a graph the function is cut everywhere, which finite differences shall see.
@@ -83,23 +89,31 @@ class Point:
         self.num_forwards += 1
         with torch.enable_grad():
             # A copy: a function that changes its parameters (max_norm of an embedding) changes the copy.
-            self._leaves = [Parameter(value.clone()) for value in values]
+            own = zip(values, self.values, strict=True)
+            self._leaves = [Parameter(value.clone() if value is kept else value) for value, kept in own]
             return list(self.subject.run(self._leaves))
 
     def forward_repeat(self) -> float:
         """Run once more at the point; return the relative difference of the outputs, 0.0 when equal bit by bit."""
-        leaves, outputs = self._leaves, self._outputs
         again = self._forward(self.values)
-        self._leaves, self._outputs = leaves, outputs  # the graph of the first run is still asked for gradients
+        self.release()
         return max((difference(self.outputs[k], again[i].detach()) for k, i in enumerate(self.chosen)), default=0.0)
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def cotangents(self, probe: int) -> list[Tensor]:
         """Draw what the outputs are multiplied with; one number alone is taken as it is."""
+        if self._drawn[0] != probe:
+            self._drawn = (probe, self._cotangents(probe), {})
+        return self._drawn[1]
+
+    def _cotangents(self, probe: int) -> list[Tensor]:
         if len(self.outputs) == 1 and self.outputs[0].numel() == 1 and not self.outputs[0].is_complex():
             return [torch.ones_like(self.outputs[0])]
-        return [self._draw(out, probe, -1 - k) / _scale(out) for k, out in enumerate(self.outputs)]
+        # Outputs count alike, whatever their size; but one that is nothing beside the others is rounding, and stays so.
+        scales = [_scale(out) for out in self.outputs]
+        least = _LEAST_OUTPUT * max(scales)
+        return [self._draw(out, probe, -1 - k) / max(scales[k], least) for k, out in enumerate(self.outputs)]
 
     def gradients(self, probe: int) -> list[Tensor | None]:
         """Return the gradient for each value, or None where autograd knows of none."""
@@ -138,13 +152,17 @@ class Point:
 
     def direction(self, probe: int, index: int) -> Tensor:
         """Draw the direction of one value: no element near zero, the scale that of the value."""
-        drawn = self._draw(self.values[index], probe, index) * self.scales[index]
-        still = self.subject.still.get(index)
-        return drawn if still is None else drawn * still
+        self.cotangents(probe)
+        directions = self._drawn[2]
+        if index not in directions:
+            drawn = self._draw(self.values[index], probe, index).mul_(self.scales[index])
+            still = self.subject.still.get(index)
+            directions[index] = drawn if still is None else drawn.mul_(still)
+        return directions[index]
 
     def change(self, probe: int, moves: Mapping[int, Tensor], step: float) -> float:
         """Return how far the outputs, times their cotangents, move when the values move by `step` times `moves`."""
-        values = [v + step * moves[i] if i in moves else v for i, v in enumerate(self.values)]
+        values = [torch.add(v, moves[i], alpha=step) if i in moves else v for i, v in enumerate(self.values)]
         self.release()
         try:
             outputs = self._forward(values)
@@ -152,33 +170,34 @@ class Point:
             return math.nan  # outside of where the function is defined: a linear algebra error, a check of a range
         finally:
             self._leaves = []
-        parts = [
-            (_real(u) * _real(outputs[i].detach() - out)).sum()
-            for i, out, u in zip(self.chosen, self.outputs, self.cotangents(probe), strict=True)
-        ]
-        return float(sum(part.to("cpu", torch.float64) for part in parts))
+        parts = zip(self.chosen, self.outputs, self.cotangents(probe), strict=True)
+        return float(sum(dot(u, outputs[i].detach() - out) for i, out, u in parts))
 
     def _draw(self, like: Tensor, probe: int, index: int) -> Tensor:
         """Draw numbers of either sign between 0.5 and 1.5: a wrong element cannot hide behind a small one."""
         generator = torch.Generator().manual_seed(
             (self._seed * 1_000_003 + probe * 10_007 + index * 101 + 12345) % (1 << 62)
         )
-        shape = (*like.shape, 2) if like.is_complex() else tuple(like.shape)
-        drawn = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
-        drawn = drawn + 0.5 * drawn.sign()
+        numel = like.numel() * (2 if like.is_complex() else 1)
+        # Eight numbers from each draw of 64 bits.
+        bits = torch.randint(-(1 << 63), (1 << 63) - 1, ((numel + 7) // 8,), generator=generator)
+        drawn = _NUMBERS.index_select(0, bits.view(torch.uint8)[:numel].int())
         if like.is_complex():
-            drawn = torch.view_as_complex(drawn)
-        return drawn.to(device=like.device, dtype=like.dtype)
+            drawn = torch.view_as_complex(drawn.view(-1, 2))
+        return drawn.view(like.shape).to(device=like.device, dtype=like.dtype)
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner product of two tensors as vectors of real numbers, shape [], float64 on the CPU."""
-    return (_real(a) * _real(b)).sum(dtype=torch.float64).cpu()
+    a, b = _real(a).reshape(-1), _real(b).reshape(-1)
+    if a.dtype != torch.float64:
+        return (a * b).sum(dtype=torch.float64).cpu()
+    return torch.dot(a, b).cpu()
 
 
 def size(a: Tensor, b: Tensor) -> Tensor:
     """Return the norm of the elementwise product, shape []: the size of `dot` for a direction of random signs."""
-    return (_real(a) * _real(b)).square().sum(dtype=torch.float64).sqrt().cpu()
+    return torch.linalg.vector_norm(_real(a) * _real(b), dtype=torch.float64).cpu()
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -186,6 +205,8 @@ def difference(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return math.inf
     a, b = _real(a), _real(b)
+    if torch.equal(a, b):
+        return 0.0
     if bool(((a == b) | (a.isnan() & b.isnan())).all()):
         return 0.0
     off, whole = float((a - b).norm()), float(a.norm())
@@ -200,5 +221,5 @@ def _scale(a: Tensor) -> float:
     """Return the root mean square; 1.0 for a tensor of zeros, and for one without elements."""
     if a.numel() == 0:
         return 1.0
-    found = float(_real(a).square().mean().sqrt())
+    found = float(torch.linalg.vector_norm(_real(a))) / math.sqrt(a.numel())
     return found if found > 0 and math.isfinite(found) else 1.0

@@ -23,6 +23,8 @@ _SPREAD = 1e-3
 _NOTHING = 1e-11
 # Two runs that differ by less are one sum in another order, not a wrong one.
 REORDERED = 1e-10
+# Rounding errors of one value of a function, in units of its last place.
+_ROUNDINGS = 16.0
 _BESIDE = 2
 _BESIDE_SEED = 7919
 
@@ -111,6 +113,11 @@ class _Search:
         self.looked_lower = False
         self.floor = 0.0
         self.undecided: dict[str, float] = {}
+        self.eps = 2.0**-23 if single else 2.0**-52
+        self.start = 0
+        self.again: float | None = None
+        self.magnitudes: dict[int, float] = {}
+        self.unknown: dict[int, tuple[int, Slope | None, float]] = {}
 
     def run(self) -> Comparison:
         point = self.point
@@ -119,17 +126,16 @@ class _Search:
         second = point.same_graph_again(0)
         repeat = [0.0 if a is None or b is None else difference(a, b) for a, b in zip(first, second, strict=True)]
         self.none = [g is None for g in first]
-        self.nonfinite = [0 if g is None else int((~torch.isfinite(g)).sum()) for g in first]
         self.expected: list[list[float]] = []
         self.sizes: list[list[float]] = []
         for probe in range(self.probes):
             self._measure(probe, first if probe == 0 else self._gradients(probe, first))
-        again = point.forward_repeat()
+        # No direction has an element of zero, so that what is not finite shows in the slope.
+        self.nonfinite = [
+            int((~torch.isfinite(g)).sum()) if g is not None and not math.isfinite(self.expected[0][i]) else 0
+            for i, g in enumerate(first)
+        ]
         point.release()
-        if again > REORDERED:
-            return self._comparison(forward_repeat=again)
-        if again > 0:
-            self.floor = again * self._magnitude(0)
         kept = [i for i in range(count) if not self.nonfinite[i] and repeat[i] <= REORDERED]
         largest = [max(self.sizes[k][i] for k in range(self.probes)) for i in range(count)]
         self.total = math.sqrt(sum(largest[i] ** 2 for i in kept)) or 1.0
@@ -141,6 +147,8 @@ class _Search:
             for probe in range(1 if nothing else self.probes):
                 left = [i for i in group if i not in suspects]
                 if left and not self._quick(probe, left, small=small):
+                    if self._forward_differs():
+                        return self._comparison(forward_repeat=self.again)
                     suspects |= dict.fromkeys(self._culprits(probe, left), probe)
         mismatches, kinks = self._explained(suspects, kept)
         for i in range(count):
@@ -152,7 +160,7 @@ class _Search:
         return self._comparison(
             mismatches=tuple(sorted(mismatches, key=lambda m: order[m.name])),
             kinks=tuple(sorted(kinks, key=lambda m: order[m.name])),
-            forward_repeat=again,
+            forward_repeat=self.again or 0.0,
         )
 
     def _comparison(self, **facts: object) -> Comparison:
@@ -166,6 +174,13 @@ class _Search:
             checked=self.subject.names,
         )
         return replace(found, **facts)  # pyright: ignore[reportArgumentType]
+
+    def _forward_differs(self) -> bool:
+        """Say whether two forwards differ by more than an order of sums: asked once, when something does not agree."""
+        if self.again is None:
+            self.again = self.point.forward_repeat()
+            self.floor = self.again * self._magnitude(0) if math.isfinite(self.again) else 0.0
+        return self.again > REORDERED
 
     # -- what the gradients say ---------------------------------------------------------------------------------------
 
@@ -188,21 +203,26 @@ class _Search:
         self.sizes.append(torch.stack(sizes).tolist())
 
     def _magnitude(self, probe: int) -> float:
-        """Return the sum of the absolute values that are added to one number: what rounding is relative to."""
-        pairs = zip(self.point.outputs, self.point.cotangents(probe), strict=True)
-        return float(sum(float((out.abs() * u.abs()).sum()) for out, u in pairs))
+        """Return the norm of the terms that are added to one number: what rounding is relative to."""
+        if probe not in self.magnitudes:
+            pairs = zip(self.point.outputs, self.point.cotangents(probe), strict=True)
+            self.magnitudes[probe] = math.sqrt(sum(float(size(out, u)) ** 2 for out, u in pairs))
+        return self.magnitudes[probe]
 
     # -- what differences say -----------------------------------------------------------------------------------------
 
     def _quick(self, probe: int, group: Sequence[int], *, small: bool = False) -> bool:
-        """Say whether the gradients of a group agree at one of two steps, which is nearly always so."""
+        """Say whether the gradients of a group agree at one of a few steps, which is nearly always so."""
         moves = {i: self.point.direction(probe, i) for i in group}
         expected = sum(self.expected[probe][i] for i in group)
         allowed = self.steps.quick * _norm(self.sizes[probe][i] for i in group) + _NOTHING * self.total
-        steps = self.steps
-        for step in (steps.small_gradients, steps.first) if small else (steps.first, steps.second):
-            found = central(lambda t: self.point.change(probe, moves, t), step)
-            if abs(found - expected) <= allowed:
+        rounding = _ROUNDINGS * self.eps * self._magnitude(probe)
+        shorter = self.steps.tried[self.start :]
+        for number, step in enumerate((self.steps.small_gradients, *shorter) if small else shorter):
+            found = central(lambda t, step=step: self.point.change(probe, moves, t), step)
+            if abs(found - expected) <= allowed + (0.0 if small and number == 0 else rounding / step):
+                # Where one direction crosses kinks at a longer step, others do as well.
+                self.start += 0 if small else number
                 return True
         return False
 
@@ -234,8 +254,10 @@ class _Search:
         """Halve a group that disagrees until single tensors are left that do."""
         given, slope, _ = self._answer(probe, group)
         if given == "unknown":
-            known = slope.error / max(_norm(self.sizes[probe][i] for i in group), 1e-300) if slope else math.inf
-            self.undecided |= {self.subject.names[i]: known for i in group}
+            expected = sum(self.expected[probe][i] for i in group)
+            whole = max(_norm(self.sizes[probe][i] for i in group), abs(expected), abs(slope.value) if slope else 0.0)
+            known = slope.error / whole if slope and whole else math.inf
+            self.unknown |= dict.fromkeys(group, (probe, slope, known))
         if given != "differs":
             return []
         if len(group) == 1:
@@ -268,6 +290,14 @@ class _Search:
             full = measured(self.point, i, facts, slope.step, self.steps, kept)
             if full is not None:
                 mismatches.append(full)
+        for i, (probe, slope, known) in self.unknown.items():
+            if i in suspects:
+                continue
+            if self._agrees_beside(i):
+                value, error = (slope.value, slope.error) if slope else (math.nan, math.inf)
+                kinks.append(self._plain(i, self.expected[probe][i], value, error=error))
+            else:
+                self.undecided[self.subject.names[i]] = known
         return mismatches, kinks
 
     def _plain(

@@ -20,8 +20,7 @@ class Steps:
     """Which steps suit a dtype; a step is relative to the root mean square of a tensor.
 
     Args:
-        first: the step of the quick comparison.
-        second: a shorter one, tried where the first crosses a kink.
+        tried: the steps of the quick comparison; a shorter one where a longer one crosses a kink.
         small_gradients: a longer one, for tensors whose gradient is small beside the others.
         quick: a relative difference below which gradients agree without a closer look.
         ladder: from the longest to the shortest.
@@ -30,8 +29,7 @@ class Steps:
         jitter: how far beside the point a kink is told from a fault.
     """
 
-    first: float
-    second: float
+    tried: tuple[float, ...]
     small_gradients: float
     quick: float
     ladder: tuple[float, ...]
@@ -41,8 +39,7 @@ class Steps:
 
 
 DOUBLE = Steps(
-    first=1e-5,
-    second=1e-7,
+    tried=(1e-6, 1e-7, 1e-8),
     small_gradients=1e-3,
     quick=1e-8,
     ladder=tuple(10 ** (-2 - i / 2) for i in range(13)),
@@ -51,8 +48,7 @@ DOUBLE = Steps(
     jitter=1e-4,
 )
 SINGLE = Steps(
-    first=1e-2,
-    second=3e-3,
+    tried=(1e-2, 3e-3),
     small_gradients=3e-2,
     quick=1e-3,
     ladder=tuple(10 ** (-1 - i / 4) for i in range(11)),
