@@ -79,7 +79,7 @@ class Order:
         self._buckets = Buckets()
         self._in_backward = InBackward(optimizers) if settings.update == "in-backward" else None
         self._stall: StallWatch | None = None
-        self._stall_told = False
+        self._may_stall = isinstance(attached, AsItIs) or attached.precision.mode == "fp32"
         # A distributed layer sets these two, and nothing else does: `count_all` makes the items of this process those
         # of all, `sync` sums the gradients of all processes.
         self.count_all: Callable[[float], float] | None = None
@@ -271,8 +271,8 @@ class Order:
 
     def _step(self) -> None:
         stall = None
-        # In three steps in a row of every fifty: what is looked for lasts.
-        if not self._stall_told and self.steps % _LOOK_EVERY < 3:
+        # In three steps in a row of every fifty: what is looked for lasts. Not where roundings are made up for.
+        if self._may_stall and self.steps % _LOOK_EVERY < 3:
             if self._stall is None:
                 self._stall = StallWatch(self.named())
             stall = self._stall if self._stall.sees_anything else None
@@ -283,7 +283,7 @@ class Order:
         if stall is not None:
             stall.after()
             if self.steps % _LOOK_EVERY == 2 and (found := stall.found()) is not None:
-                self._stall_told = True
+                self._may_stall = False
                 warnings.warn(f"the bf16 stall: {found}", stacklevel=4)
 
     def _count(self, found_inf: bool, skipped: bool) -> None:

@@ -80,6 +80,12 @@ def settings(
     _one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "continue"))
     _one_of("update", update, ("after-backward", "in-backward"))
     norm, value = _clip(clip)
+    if value is not None:
+        for each in optimizers:
+            if any(parameter.is_complex() for group in each.param_groups for parameter in group["params"]):
+                raise UsageError(
+                    f"clip={clip!r} with complex parameters", what="complex numbers have no order", fix="clip by norm"
+                )
     rule: Any = items
     return Settings(
         accumulate=accumulate,
