@@ -49,6 +49,12 @@ def flag_of(parameter: Tensor) -> Flag | None:
     return _flags.get(id(parameter))
 
 
+def is_held_by(parameter: Tensor, layer: Layer) -> bool:
+    """Whether `layer` is one of those over a parameter."""
+    flag = _flags.get(id(parameter))
+    return flag is not None and any(held is layer for held, _ in flag.layers)
+
+
 def any_held() -> bool:
     """Whether any parameter is held."""
     return bool(_flags)

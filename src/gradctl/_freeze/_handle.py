@@ -15,7 +15,6 @@ from torch.nn import Module, Parameter
 from gradctl._errors import UsageError
 from gradctl._freeze import _flags, _modes, _refusals, _rows, _watch
 from gradctl._freeze._layers import Layer
-from gradctl._freeze._parts import frozen_part, keeps_statistics
 from gradctl._names._patterns import Pattern, named_modules, named_parameters, select, unwrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -71,7 +70,6 @@ class Holding:
         self._layer = Layer(request.layer.call, request.layer.place)
         self._slots: list[Slot] = []
         self._rows: list[Slot] = []
-        self._modes: list[tuple[Module, _modes.Train]] = []
         model = unwrapped(request.model)
         named = named_parameters(model)
         chosen, rows = self._checked(model, named)
@@ -131,15 +129,9 @@ class Holding:
             self._rows.append(slot)
             site = _rows.Site(name, slot.module, slot.key, slot.parameter)
             _rows.hold(slot.parameter, choice, layer, site=site, gone=_watch.renew)
-        if request.trains:
-            for module in _wholly_in(model, seen):
-                if _modes.train_of(module) is not None:
-                    self._modes.append((module, _modes.hold(module, layer, trains=True)))
-        elif chosen:
-            for module in frozen_part(model, seen):
-                asked = request.norm_stats if keeps_statistics(module) else request.dropout == "off"
-                if asked:
-                    self._modes.append((module, _modes.hold(module, layer, trains=False)))
+        if not request.trains and chosen:
+            _modes.ask(model, layer, norm_stats=request.norm_stats, dropout=request.dropout)
+        _modes.settle()
 
     def release(self) -> None:
         """Let everything go.
@@ -168,24 +160,14 @@ class Holding:
             _flags.release(current, layer)
         for slot in reversed(self._rows):
             _rows.release(slot.parameter, layer)
-        for module, held in reversed(self._modes):
-            _modes.release(module, held, layer)
-        self._slots, self._rows, self._modes = [], [], []
+        self._slots, self._rows = [], []
+        _modes.withdraw(layer)
+        _modes.settle()
 
 
 def _slot(modules: Mapping[str, Module], name: str, parameter: Parameter) -> Slot:
     path, _, key = name.rpartition(".")
     return Slot(name, modules[path], key, parameter)
-
-
-def _wholly_in(model: Module, chosen: set[int]) -> list[Module]:
-    """Return the modules all of whose parameters are chosen, with all that lies in them."""
-    part: dict[int, Module] = {}
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and all(id(parameter) in chosen for parameter in parameters):
-            part.update((id(below), below) for below in module.modules())
-    return list(part.values())
 
 
 class Freeze:
@@ -250,6 +232,11 @@ class Freeze:
         return f"<{self._request.layer}: {', '.join([*held, *self._holding.row_texts])}>"
 
 
+# torch.compile stops at these calls, runs them as they are, and goes on behind them: dynamo looks for this mark.
+for _method in (Freeze.__enter__, Freeze.__exit__, Freeze.start, Freeze.remove):
+    _method._torchdynamo_disable = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def decorate(function: Any, make: Callable[[], Any], call: str) -> Any:
     """Return `function` inside of `with make()`."""
     if inspect.isasyncgenfunction(function) or isinstance(function, type) or not callable(function):
@@ -283,8 +270,14 @@ def decorate(function: Any, make: Callable[[], Any], call: str) -> Any:
 def request_for(
     model: Module, patterns: Sequence[Pattern], *, place: str, name: str, trains: bool, **options: Any
 ) -> Request:
-    """Make the request of a call; `name` is what was called."""
+    """Make the request of a call; `name` is what was called.
+
+    Raises:
+        UsageError: it is no model, or an option has no such value.
+    """
     _refusals.refuse_no_model(model, name)
+    for option, allowed in (("dropout", ("keep", "off")), ("nothing_left", ("refuse", "allow"))):
+        _refusals.refuse_other_than(option, options.get(option, allowed[0]), allowed)
     shown = ", ".join(
         repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", type(pattern).__name__)
         for pattern in patterns

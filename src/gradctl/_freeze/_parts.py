@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 
+from torch import Tensor
 from torch.nn import Module
 
 _RUNNING = frozenset({"running_mean", "running_var"})  # BatchNorm, SyncBatchNorm, InstanceNorm and those like them
 _POWER_ITERATION = (("_u", "_v"), ("weight_u", "weight_v"))  # both forms of spectral norm move their weight with these
 
 
-def frozen_part(model: Module, chosen: Collection[int]) -> list[Module]:
+def frozen_part(model: Module, is_chosen: Callable[[Tensor], bool]) -> list[Module]:
     """Return the modules of the frozen part, outer ones first.
 
-    A module belongs to it if no parameter at or below it requires a gradient and one of them is in `chosen`, and so
-    does everything below such a module: also what has no parameters, as a dropout.
+    A module belongs to it if no parameter at or below it requires a gradient and one of them is chosen, and so does
+    everything below such a module: also what has no parameters, as a dropout.
 
     Args:
         model: where to look.
-        chosen: ids of the parameters that have just been frozen.
+        is_chosen: whether this is about a parameter.
     """
     part: dict[int, Module] = {}
     seen: dict[int, tuple[bool, bool]] = {}
 
     def look(module: Module) -> tuple[bool, bool]:
-        """Return whether it, with all below, requires no gradient, and whether one of `chosen` is there."""
+        """Return whether it, with all below, requires no gradient, and whether a chosen one is there."""
         if id(module) in seen:
             return seen[id(module)]
         seen[id(module)] = (True, False)  # for a module that holds itself
         own = list(module.parameters(recurse=False))
         still = not any(parameter.requires_grad for parameter in own)
-        has_chosen = any(id(parameter) in chosen for parameter in own)
+        has_chosen = any(is_chosen(parameter) for parameter in own)
         for child in module.children():
             child_still, child_has = look(child)
             still, has_chosen = still and child_still, has_chosen or child_has

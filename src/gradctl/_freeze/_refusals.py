@@ -25,6 +25,12 @@ def refuse_no_model(model: Any, call: str) -> None:
         )
 
 
+def refuse_other_than(option: str, given: Any, allowed: Sequence[str]) -> None:
+    """Refuse a value that an option does not have."""
+    if given not in allowed:
+        raise UsageError(f"{option}={given!r}", what=f"it is {' or '.join(repr(value) for value in allowed)}")
+
+
 def refuse_half_of_a_tie(named: Mapping[str, Tensor], chosen: Mapping[str, Tensor], verb: str) -> None:
     """Refuse to choose a tied parameter by some of its names only: both would change."""
     for name, others in other_names(named).items():

@@ -75,10 +75,14 @@ class Rows:
             keep = (row < which[0]) | (row >= sum(which))
         elif which.dtype == torch.bool:
             keep_values = grad.values().masked_fill(which[row], 0)
-            return torch.sparse_coo_tensor(grad.indices(), keep_values, grad.shape, is_coalesced=True)
+            return torch.sparse_coo_tensor(
+                grad.indices(), keep_values, grad.shape, is_coalesced=True, check_invariants=False
+            )
         else:
             keep = ~torch.isin(row, which)
-        return torch.sparse_coo_tensor(grad.indices()[:, keep], grad.values()[keep], grad.shape, is_coalesced=True)
+        return torch.sparse_coo_tensor(
+            grad.indices()[:, keep], grad.values()[keep], grad.shape, is_coalesced=True, check_invariants=False
+        )
 
     def _on(self, like: Tensor) -> tuple[int, int] | Tensor:
         # A model that was moved takes its rows along.

@@ -280,6 +280,8 @@ def schedule_from(
             what="a dictionary from patterns to steps is needed",
             fix='for example {"head": 0, "encoder.layer.11.*": 500}',
         )
+    _refusals.refuse_other_than("rest", rest, ("frozen", "keep"))
+    _refusals.refuse_other_than("dropout", dropout, ("keep", "off"))
     for patterns, begin in steps.items():
         if type(begin) is not int or begin < 0:
             raise UsageError(

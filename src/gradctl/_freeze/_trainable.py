@@ -195,8 +195,8 @@ def _parameter_row(name: str, parameter: Tensor, tied: tuple[str, ...], held: se
 def _statistics(module: Module, held: set[int] | None) -> str:
     """Say what running statistics do beside what is frozen; nothing where they belong to what trains."""
     ours = _modes.train_of(module)
-    if ours is not None and ours.holder() is not None and not module.training:
-        return f"statistics stand still: {ours.holder()}"
+    if ours is not None and ours.layer is not None and not module.training:
+        return f"statistics stand still: {ours.layer}"
     own = list(module.parameters(recurse=False))
     frozen = bool(own) and not any(p.requires_grad and (held is None or id(p) in held) for p in own)
     return "statistics move in training mode although its parameters do not" if frozen and module.training else ""

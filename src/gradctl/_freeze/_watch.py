@@ -30,7 +30,7 @@ class _Pending:
 
 _pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
 _handles: dict[str, _taps.Handle] = {}
-_stepping: set[int] = set()  # threads
+_stepping: list[None] = []  # one for each step that runs; its append and pop are atomic
 lock = threading.RLock()
 """Held while anything is frozen or released."""
 
@@ -61,6 +61,7 @@ def _subscribe_step() -> _taps.Handle:
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _flags.any_held() and not _rows.any_held():
         return
+    _stepping.clear()  # of a step that raised
     _rows.refuse_lost()
     pending = _Pending()
     for group in optimizer.param_groups:
@@ -78,11 +79,12 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 pending.rows.append((parameter, kept))
     if pending.grads or pending.rows:
         _pending[optimizer] = pending
-    _stepping.add(threading.get_ident())
+    _stepping.append(None)
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _stepping.discard(threading.get_ident())
+    if _stepping:
+        _stepping.pop()
     pending = _pending.pop(optimizer, None)
     if pending is None:
         return
@@ -92,6 +94,10 @@ def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     with torch.no_grad():
         for parameter, kept in pending.rows:
             kept.put_back(optimizer.state.get(parameter) or {})
+
+
+for _hook in (_before_step, _after_step):  # torch.compile stops at them, runs them as they are, and goes on behind
+    _hook._torchdynamo_disable = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _refuse_lbfgs(optimizer: Any, what: str, by: str) -> None:
