@@ -83,7 +83,7 @@ class Stretch:
 
     __slots__ = ("_counts", "_first", "clean")
 
-    FIRST, LATER = 16, 4
+    FIRST, LATER = 12, 3
     LONG = 64
 
     def __init__(self, *, first: bool, clean: int | None) -> None:

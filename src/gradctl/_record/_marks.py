@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gradctl._record._gradients import parameters_of
-from gradctl._record._quiet import Quiet
+from gradctl._record._quiet import Quiet, dispatch_modes
 
 _MOST = 512
 _SMALL = 4096
-_READ = 32
+_READ = 8
 
 
 class Marks(NamedTuple):
@@ -72,11 +72,14 @@ class Watched:
             sizes = [
                 (grad.numel(), index)
                 for index, grad in enumerate(grads)
-                if type(grad) is torch.Tensor and grad.is_cpu and grad.layout is torch.strided and grad.numel()
+                if grad is not None and type(grad) is torch.Tensor and grad.is_cpu and grad.layout is torch.strided
             ]
-            size, self._probe = min(sizes, default=(0, -1))
-            if self._probe < 0 or size > _SMALL:
-                self._probe = -1
+            size, probe = min(sizes, default=(0, -1))
+            if not 0 < size <= _SMALL:
                 return ""
-        with Quiet():
-            return str(grads[self._probe].detach().reshape(-1)[:_READ].double().abs().sum().item())
+            self._probe = probe
+        grad = grads[self._probe].detach()
+        if dispatch_modes():
+            with Quiet():
+                return str(grad.reshape(-1)[:_READ].tolist())
+        return str(grad.reshape(-1)[:_READ].tolist())

@@ -29,7 +29,7 @@ from gradctl._record._state import Costs, OptimizerState
 _MOST_OPTIMIZERS = 8
 _SKIPS = 20
 _OVERFLOWS = 20
-_NEXT = 64
+_NEXT = 128
 _GROWTH = 4
 _BIG_LIMIT = 0.01
 """A limit of this share of the loss scale may have been multiplied by it."""
@@ -416,26 +416,28 @@ class Order:
         self._journal.event("unscale_twice", o=None if state is None else state.o, s=places[-1], first=first)
 
     def _wrap_update(self, inner: Any) -> Any:
-        def update(scaler: Any, new_scale: Any = None) -> Any:
-            before = _scale_of(scaler)
-            result = inner(scaler, new_scale)
+        def update(scaler: Any, *args: Any, **kwargs: Any) -> Any:
+            before = self._guarded(_scale_of, scaler)
+            result = inner(scaler, *args, **kwargs)
             if scaler.is_enabled():
-                self._guarded(self._updated, before != _scale_of(scaler))
+                self._guarded(self._updated, scaler, before)
             return result
 
         return update
 
-    def _updated(self, changed: bool) -> None:
+    def _updated(self, scaler: Any, before: float | None) -> None:
+        changed = before != _scale_of(scaler)
         self._lane().add(Op("d", self._places.here().site, "c" if changed else ""))
 
     def _wrap_scheduler(self, inner: Any) -> Any:
         def enter(mode: Any) -> Any:
-            self._guarded(self._scheduled, mode.o)
+            self._guarded(self._scheduled, mode)
             return inner(mode)
 
         return enter
 
-    def _scheduled(self, scheduler: Any) -> None:
+    def _scheduled(self, mode: Any) -> None:
+        scheduler = mode.o
         starts = getattr(scheduler, "_is_initial", None)
         if starts or (starts is None and getattr(scheduler, "_step_count", 2) <= 1):
             return  # it is being made
@@ -502,7 +504,9 @@ class Order:
         whole = stretch is None or stretch.counts(key)
         if ops is not None and state is not None and whole:
             # the recorder counts the step after us
-            self._forms.book(state.o, state.steps + 1, key, ops, Group(after, end, _loop(lane, call), lane.clip))
+            sites = [op.site for op in ops if op.kind == "B" and key in op.own]
+            loop = _loop(lane, call) if len(set(sites)) < len(sites) else ""
+            self._forms.book(state.o, state.steps + 1, key, ops, Group(after, end, loop, lane.clip))
         lane.close(key, end)
         if state is not None:
             lane.stepped = state.o
@@ -542,7 +546,7 @@ class Order:
 
 def _scale_of(scaler: Any) -> float | None:
     """Return the scale of a scaler; None where reading it would wait for a device."""
-    scale = scaler._scale
+    scale = getattr(scaler, "_scale", None)  # a scaler that is switched off has none
     with _quiet.Quiet():
         return float(scale) if isinstance(scale, Tensor) and scale.is_cpu else None
 

@@ -93,6 +93,8 @@ class Group:
         for site in dict.fromkeys(op.site for _, op in self.backwards):
             ops = [(index, op) for index, op in self.backwards if op.site == site]
             plain = all(op.lacks("kilq") for _, op in ops)
+            between = self.ops[ops[0][0] : ops[-1][0]]
+            plain = plain and not any(op.kind == "S" for op in between)  # another player's
             if site >= 0 and len(ops) > 1 and plain and len({op.reach for _, op in ops}) == 1 and self._is_one(ops):
                 return tuple(ops)
         return ()

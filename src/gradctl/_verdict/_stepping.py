@@ -7,6 +7,7 @@ silent about what a library calls, what the program edits by hand, and what may 
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -90,7 +91,7 @@ def clip_per_microbatch(facts: Facts, training: Training) -> Iterator[Finding]:
     hits = _times(group for group, _ in found)
     if hits < 2 or hits < STEADY * _times(g for g in order.groups if g.microbatches):
         return
-    group, (site, times) = found[0]
+    group, (site, times) = max(found, key=lambda pair: pair[0].count)
     step = _text(order, order.step_site) or "optimizer.step()"
     yield from _says(
         facts, order, "clip-per-microbatch", site,
@@ -165,7 +166,7 @@ def scheduler_per_microbatch(facts: Facts, training: Training) -> Iterator[Findi
     hits = _times(group for group, _ in found)
     if hits < 2 or hits < STEADY * _times(g for g in order.groups if g.microbatches):
         return
-    site, times = found[0][1]
+    site, times = max(found, key=lambda pair: pair[0].count)[1]
     step = _text(order, order.step_site) or "optimizer.step()"
     yield from _says(
         facts, order, "scheduler-per-microbatch", site,
@@ -433,7 +434,13 @@ def _backward(text: str) -> tuple[str, str]:
 
 
 def _factor(expression: str, size: int) -> str:
-    simple = re.fullmatch(r"[\w.]+(\[[^\]]*\]|\([^()]*\))*", expression) is not None
+    try:
+        tree = ast.parse(expression, mode="eval").body
+        # what stands in brackets already begins after the first of them
+        simple = isinstance(tree, ast.Name | ast.Attribute | ast.Call | ast.Subscript) or tree.col_offset > 0
+        simple = simple and (tree.col_offset == 0 or tree.end_col_offset == len(expression) - tree.col_offset)
+    except (SyntaxError, ValueError):
+        simple = False
     return f"{expression} / {size}" if simple else f"({expression}) / {size}"
 
 

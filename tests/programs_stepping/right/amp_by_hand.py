@@ -1,0 +1,26 @@
+"""Scaled and unscaled by hand, and a limit that is multiplied by the scale."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+loader = DataLoader(TensorDataset(x, y), batch_size=8)
+scaler = torch.amp.GradScaler("cpu")
+for i, (xb, yb) in enumerate(loader):
+    optimizer.zero_grad()
+    loss = F.cross_entropy(model(xb), yb)
+    if i % 2:
+        scaler.scale(loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0 * scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        scaler.scale(loss).backward()
+        for param in model.parameters():
+            param.grad.mul_(1.0 / scaler.get_scale())
+        optimizer.step()

@@ -1,0 +1,20 @@
+"""Warm restarts are told their position, a fraction of an epoch, in each microbatch."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+loader = DataLoader(TensorDataset(x, y), batch_size=8)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 2)
+for epoch in range(3):
+    for i, (xb, yb) in enumerate(loader):
+        (F.cross_entropy(model(xb), yb) / 4).backward()
+        if (i + 1) % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step(epoch + i / len(loader))

@@ -1,0 +1,18 @@
+"""microbatches-dropped, line 15: optimizer.step()"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+torch.manual_seed(0)
+x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+loader = DataLoader(TensorDataset(x, y), batch_size=8)
+for i, (xb, yb) in enumerate([*loader] * 2):
+    loss = F.cross_entropy(model(xb), yb) / 5
+    loss.backward()
+    if (i + 1) % 5 == 0:
+        optimizer.step()
+        optimizer.zero_grad()
