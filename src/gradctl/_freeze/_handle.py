@@ -95,12 +95,13 @@ class Holding:
         chosen = select(named, patterns)
         if patterns and not chosen:
             raise UsageError(f"{call}: nothing is left of what the patterns choose", what=f"{len(patterns)} patterns")
-        rows = [
-            (name, _rows.read_rows(name, parameter, wanted))
-            for pattern, wanted in (request.rows or {}).items()
-            for name, parameter in select(named, [pattern]).items()
-        ]
-        touched = chosen | {name: named[name] for name, _ in rows}
+        rows: list[tuple[str, _rows.Rows]] = []
+        touched = dict(chosen)
+        for pattern, wanted in (request.rows or {}).items():
+            found = select(named, [pattern])
+            touched |= found
+            once = {id(parameter): name for name, parameter in reversed(found.items())}  # of tied ones the first name
+            rows += [(name, _rows.read_rows(name, named[name], wanted)) for name in reversed(once.values())]
         _refusals.refuse_half_of_a_tie(named, touched, call)
         _refusals.refuse_under_ddp(model, chosen, call)
         if request.trains:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.parameter import is_lazy
@@ -167,7 +168,7 @@ def _parameter_row(name: str, parameter: Tensor, tied: tuple[str, ...], held: se
     flag = _flags.flag_of(parameter)
     ours = flag.holder() if flag is not None and flag.written == parameter.requires_grad else None
     rows = _rows.held_of(parameter)
-    kept = min(count, sum(one.rows.count for one in rows))
+    kept = rows[0].rows.count if len(rows) == 1 else count - _left(parameter, rows) if rows else 0
     reasons: list[str] = []
     trains = parameter.requires_grad
     if not parameter.is_floating_point() and not parameter.is_complex():
@@ -200,6 +201,14 @@ def _statistics(module: Module, held: set[int] | None) -> str:
     own = list(module.parameters(recurse=False))
     frozen = bool(own) and not any(p.requires_grad and (held is None or id(p) in held) for p in own)
     return "statistics move in training mode although its parameters do not" if frozen and module.training else ""
+
+
+def _left(parameter: Tensor, rows: Sequence[_rows.Held]) -> int:
+    """Count the elements that are in none of several choices of rows, which may overlap."""
+    left = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+    for one in rows:
+        left = one.rows.zeroed(left)
+    return int(left.sum())
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ Torch's own global step hooks call us; `zero_grad` is intercepted only while a g
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -29,8 +30,8 @@ class _Pending:
 
 
 _pending: weakref.WeakKeyDictionary[Any, _Pending] = weakref.WeakKeyDictionary()
+_OPTIMIZER = torch.optim.Optimizer.profile_hook_step.__code__.co_filename
 _handles: dict[str, _taps.Handle] = {}
-_stepping: list[None] = []  # one for each step that runs; its append and pop are atomic
 lock = threading.RLock()
 """Held while anything is frozen or released."""
 
@@ -48,9 +49,18 @@ def renew() -> None:
 def _listen(name: str, wanted: bool, subscribe: Callable[[], _taps.Handle]) -> None:
     if wanted and name not in _handles:
         _handles[name] = subscribe()
-    elif not wanted and name in _handles and not (name == "step" and _stepping):
-        # In the middle of a step torch goes through the hooks; then ours pass until the next call.
+    elif not wanted and name in _handles and not (name == "step" and _is_stepping()):
         _handles.pop(name).remove()
+
+
+def _is_stepping() -> bool:
+    """Whether this thread is in an optimizer's step: torch goes through the hooks then, and ours pass till later."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == _OPTIMIZER:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _subscribe_step() -> _taps.Handle:
@@ -61,7 +71,6 @@ def _subscribe_step() -> _taps.Handle:
 def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if not _flags.any_held() and not _rows.any_held():
         return
-    _stepping.clear()  # of a step that raised
     _rows.refuse_lost()
     pending = _Pending()
     for group in optimizer.param_groups:
@@ -79,12 +88,9 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
                 pending.rows.append((parameter, kept))
     if pending.grads or pending.rows:
         _pending[optimizer] = pending
-    _stepping.append(None)
 
 
 def _after_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _stepping:
-        _stepping.pop()
     pending = _pending.pop(optimizer, None)
     if pending is None:
         return
