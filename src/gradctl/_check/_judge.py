@@ -295,7 +295,9 @@ def _author(graph: Graph) -> Span | None:
         return None
     try:
         backward = inspect.unwrap(graph.authors[0].__dict__["backward"].__func__)
-        return Span(file=inspect.getsourcefile(backward) or "?", line=inspect.getsourcelines(backward)[1])
+        lines, first = inspect.getsourcelines(backward)
+        decorators = next((i for i, line in enumerate(lines) if line.lstrip().startswith("def ")), 0)
+        return Span(file=inspect.getsourcefile(backward) or "?", line=first + decorators)
     except (KeyError, AttributeError, TypeError, OSError):
         return None
 

@@ -25,6 +25,8 @@ _NOTHING = 1e-11
 REORDERED = 1e-10
 # Rounding errors of one value of a function, in units of its last place.
 _ROUNDINGS = 16.0
+# A step whose rounding hides a larger share of the gradients than this is left to the closer look.
+_TOO_NOISY = 1e-4
 _BESIDE = 2
 _BESIDE_SEED = 7919
 
@@ -215,12 +217,16 @@ class _Search:
         """Say whether the gradients of a group agree at one of a few steps, which is nearly always so."""
         moves = {i: self.point.direction(probe, i) for i in group}
         expected = sum(self.expected[probe][i] for i in group)
-        allowed = self.steps.quick * _norm(self.sizes[probe][i] for i in group) + _NOTHING * self.total
+        whole = _norm(self.sizes[probe][i] for i in group)
+        allowed = self.steps.quick * whole + _NOTHING * self.total
         rounding = _ROUNDINGS * self.eps * self._magnitude(probe)
         shorter = self.steps.tried[self.start :]
         for number, step in enumerate((self.steps.small_gradients, *shorter) if small else shorter):
+            noise = 0.0 if small and number == 0 else rounding / step
+            if noise > max(_TOO_NOISY, self.steps.quick) * whole:
+                break
             found = central(lambda t, step=step: self.point.change(probe, moves, t), step)
-            if abs(found - expected) <= allowed + (0.0 if small and number == 0 else rounding / step):
+            if abs(found - expected) <= allowed + noise:
                 # Where one direction crosses kinks at a longer step, others do as well.
                 self.start += 0 if small else number
                 return True
