@@ -34,13 +34,14 @@ class Version:
         copy: a copy of the content, where it may change or has been overwritten.
         packed: the content in fewer bytes.
         handles: how many saved tensors wait for it.
+        segment: the part of the region that made it.
         used: whether a noted operation reads it.
         mutable: whether it comes from outside and was seen to change.
     """
 
     __slots__ = (
         "__weakref__", "copy", "expected", "handles", "held", "key", "layout", "lent", "maker", "mutable", "nbytes",
-        "operation", "packed", "storage", "used",
+        "operation", "packed", "segment", "storage", "used",
     )  # fmt: skip
 
     def __init__(
@@ -56,6 +57,7 @@ class Version:
         self.copy: UntypedStorage | None = None
         self.packed: Packed | None = None
         self.handles = 0
+        self.segment = 0
         self.used = False
         self.mutable = False
         self.nbytes = storage.nbytes()
@@ -136,12 +138,14 @@ class RegionPlan:
         note: positions of those that must be noted.
         drop: makers of saved contents that are made again.
         pack: makers of saved contents that are packed, and how.
+        cuts: positions at which a new segment begins.
     """
 
     functions: tuple[Any, ...]
     note: frozenset[int]
     drop: frozenset[Maker]
     pack: dict[Maker, Codec] | None = None
+    cuts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,12 @@ def value(saved: Saved) -> Tensor:
             with _no_modes(), torch.no_grad():
                 return saved.geometry.view(unpack(version.packed))
         kept = _graph_is_kept()
-        if version not in tape.values:
-            _make(tape, version, kept=kept)
-        storage = tape.values[version]
+        if version.at_hand:
+            storage = _source(version, version.operation)
+        else:
+            if version not in tape.values:
+                _make(tape, version, kept=kept)
+            storage = tape.values[version]
         with _no_modes(), torch.no_grad():
             made = saved.geometry.view(storage)
             if saved.fingerprint is not None and fingerprint(made, tape.verify) != saved.fingerprint:
@@ -67,7 +70,8 @@ def needed(targets: Iterable[Version]) -> set[Operation]:
 
 
 def _make(tape: Tape, wanted: Version, *, kept: bool) -> None:
-    targets = {v for v in tape.dropped if v.packed is None and v.handles and v not in tape.values}
+    segment = wanted.segment
+    targets = {v for v in tape.dropped if v.segment == segment and v.handles and not v.at_hand and v not in tape.values}
     assert wanted in targets, "somebody waits for a content that nobody waits for"
     assert wanted.operation is not None, "a dropped content has no recipe"
     notes = sorted(needed(targets), key=lambda note: note.index)
@@ -78,7 +82,7 @@ def _make(tape: Tape, wanted: Version, *, kept: bool) -> None:
             tape.pending[version] = set()
     tape.replayed += 1
     if not kept:
-        tape.forget()
+        tape.forget(segment)
 
 
 def _replay(tape: Tape, notes: list[Operation], targets: set[int]) -> dict[int, UntypedStorage]:
@@ -143,7 +147,7 @@ def _given(argument: Any, storages: dict[int, UntypedStorage]) -> Any:
     return argument
 
 
-def _source(version: Version, note: Operation) -> UntypedStorage:
+def _source(version: Version, note: Operation | None) -> UntypedStorage:
     """Return a content that need not be made again; it must be what it was in the forward."""
     if version.copy is not None:
         return version.copy

@@ -10,6 +10,9 @@ maker: a tensor that was saved and then overwritten is rebuilt as it was when it
 the tape (parameters, inputs, what custom operations return) is held by an alias, and must not have changed when it is
 needed.
 
+A region may be cut into segments. What one segment makes is outside for the next, which holds it where it needs it, so
+that each is made again by itself, when backward comes to it: one tape serves a whole model.
+
 A plan only says what need not be noted. An operation that is noted, and reads something that is not, makes the tape
 hold it; so a plan that no longer fits costs memory and never changes a result.
 """
@@ -97,7 +100,9 @@ class Tape:
         self.keep = keep
         self.verify: Verify = verify
         self.outer = outer
-        self.operations: list[Operation] = []
+        self.operations: dict[int, list[Operation]] = {}
+        self.segment = 0
+        self.cuts: list[int] = []
         self.functions: list[Any] = []
         self.position = 0
         self.lost_at: int | None = None
@@ -107,6 +112,8 @@ class Tape:
         self.default_dtype = torch.get_default_dtype()
         self.lock = threading.RLock()
         self.replayed = 0
+        self._cut_at = iter(plan.cuts if plan is not None else ())
+        self._next_cut = next(self._cut_at, -1)
         self._saved: list[weakref.ref[Saved]] = []
         self._versions: dict[int, Version] = {}
 
@@ -117,6 +124,9 @@ class Tape:
         at = self.position
         self.position = at + 1
         plan = self.plan
+        if at == self._next_cut:
+            self.segment += 1
+            self._next_cut = next(self._cut_at, -1)
         if plan is None:
             self.functions.append(function)
             return self._note(function, args, kwargs, at)
@@ -132,6 +142,12 @@ class Tape:
             self._outputs(out, at, None, {})
         return out
 
+    def cut(self) -> None:
+        """Begin a new segment; a plan knows its own."""
+        if self.plan is None and self.cuts[-1:] != [self.position]:
+            self.cuts.append(self.position)
+            self.segment += 1
+
     def _writes_known(self, known: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(self._known(t) is not None for t in _written(known, args, kwargs))
 
@@ -146,7 +162,7 @@ class Tape:
         found = self._versions.get(storage._cdata)
         if found is None or found.storage() is None:
             found = self._versions[storage._cdata] = Version(tensor, storage)
-        if found.operation is None and not found.at_hand:
+        if (found.operation is None or found.segment != self.segment) and not found.at_hand:
             if found.mutable or (found.nbytes <= _SMALL and found.maker is None):
                 found.copy = copy_of(storage)
             else:
@@ -187,7 +203,7 @@ class Tape:
             if known.quiet and made.operation is note:
                 self._follow(before, made, tensor)
         self._outputs(out, at, note, changed)
-        self.operations.append(note)
+        self.operations.setdefault(self.segment, []).append(note)
         return out
 
     def _refer(self, value: Any, reads: list[Version]) -> Any:
@@ -213,6 +229,7 @@ class Tape:
         outside = before.operation is None
         made = Version(tensor, storage) if outside else Version(tensor, storage, maker, note)
         made.mutable = outside
+        made.segment = self.segment
         self._versions[storage._cdata] = made
         return made
 
@@ -259,6 +276,7 @@ class Tape:
                     note.makes.append(None)  # a view of what is there
                 continue
             made = self._versions[key] = Version(tensor, storage, (at, j), note)
+            made.segment = self.segment
             if note is not None:
                 note.makes.append((made.key, geometry(tensor)))
 
@@ -282,6 +300,10 @@ class Tape:
 
     def _is_dropped(self, version: Version, tensor: Tensor) -> bool:
         assert version.maker is not None
+        if version.segment != self.segment and version.operation is not None:
+            if not version.at_hand:
+                self._hold(version, tensor)
+            return False
         if self.plan is None:
             if version.operation is None:
                 return False
@@ -318,14 +340,25 @@ class Tape:
         """Let go of everything that no dropped content needs."""
         from gradctl._recompute._replay import needed
 
-        notes = needed(version for version in self.dropped if version.packed is None)
-        self.operations = [note for note in self.operations if note in notes]
-        read = {version for note in self.operations for version in note.reads}
-        for version in self._versions.values():
+        while True:
+            notes = needed(version for version in self.dropped if version.packed is None)
+            read = {version for note in notes for version in note.reads}
+            idle = [v for v in self.dropped if v.operation is not None and v.at_hand and v not in read]
+            idle = [v for v in idle if v.packed is None]
+            if not idle:
+                break
+            for version in idle:
+                version.release()  # a later segment had read it, for something that nobody needs
+        self.operations = {
+            segment: left
+            for segment, of_segment in self.operations.items()
+            if (left := [note for note in of_segment if note in notes])
+        }
+        for version in (*self._versions.values(), *read):
             if version not in read and version not in self.dropped:
                 version.release()
-        for version in (*self._versions.values(), *read):
-            if version.at_hand or (version not in self.dropped and version not in read):
+                version.operation = None
+            elif version.at_hand:
                 version.operation = None
         self._versions.clear()
         self._saved.clear()
@@ -336,15 +369,17 @@ class Tape:
             return self.plan
         return RegionPlan(
             functions=tuple(self.functions),
-            note=frozenset(note.index for note in self.operations),
+            note=frozenset(note.index for notes in self.operations.values() for note in notes),
             drop=frozenset(version.maker for version in self.dropped if version.maker is not None),
+            cuts=tuple(self.cuts),
         )
 
-    def forget(self) -> None:
-        """Let go of the notes: everything that was dropped is at hand."""
-        self.operations = []
+    def forget(self, segment: int) -> None:
+        """Let go of the notes of a segment: everything that it dropped is at hand."""
+        self.operations.pop(segment, None)
         for version in self.dropped:
-            version.operation = None
+            if version.segment == segment:
+                version.operation = None
 
 
 class Recording(TorchDispatchMode):
