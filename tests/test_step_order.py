@@ -76,9 +76,7 @@ def test_a_scaled_step_is_bitwise_the_loop_with_a_grad_scaler() -> None:
         scales.append(scaler.get_scale())
     optimizer = torch.optim.SGD(by_step.parameters(), lr=0.1, momentum=0.9)
     step = gradctl.Step(by_step, optimizer, precision=scaled(init_scale=2.0**20, growth_interval=3))
-    found = []
-    for _ in step.epoch(data, lambda batch: loss_of(by_step, batch)):
-        found.append(step.loss_scale)
+    found = [step.loss_scale for _ in step.epoch(data, lambda batch: loss_of(by_step, batch))]
     assert found == scales
     assert len(set(scales)) > 1
     assert same(weights(by_hand), weights(by_step))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,18 @@ from gradctl import _taps
 from gradctl import _torch_private as private
 
 
-def tell_clip(norm: float | Tensor, limit: float) -> None:
-    """Tell those who listen to clipping by norm; nothing is clipped by it."""
-    if _taps.clip.is_installed():
-        clip = private.find("clip_with_norm")
-        if clip is not None:
-            clip([], limit, norm)
+def clip_aloud(owners: Sequence[Tensor], norm: float, limit: float) -> bool:
+    """Let torch clip where somebody listens to it, who hears norm, limit and parameters; False where nobody does.
+
+    The factor is the same, and so are the bits.
+    """
+    if not _taps.clip.is_installed() or any(owner.grad is not None and owner.grad.is_sparse for owner in owners):
+        return False
+    clip = private.find("clip_with_norm")
+    if clip is None:
+        return False
+    clip(list(owners), limit, torch.tensor(norm, dtype=torch.float64))
+    return True
 
 
 def tell_skip(optimizer: Any) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradctl import _taps
 from gradctl._buckets import Buckets, Gradients
 from gradctl._errors import NonFiniteGradient, UsageError
 from gradctl._precision import Attached, StallWatch
 from gradctl._step._in_backward import InBackward
-from gradctl._step._listeners import tell_clip, tell_skip
+from gradctl._step._listeners import clip_aloud, tell_skip
 from gradctl._step._plain import AsItIs
 from gradctl._step._result import StepResult
 from gradctl._step._settings import Settings
@@ -258,12 +259,15 @@ class Order:
         limit = self.settings.clip_norm
         factor: float | Tensor = correction
         if limit is not None and norm is not None:
-            tell_clip(norm, limit)
             if isinstance(norm, Tensor):  # nobody waits for the device: the factor stays there
                 clipped = correction * torch.clamp(limit / (norm + _EPSILON), max=1.0)
                 factor = torch.where(torch.isfinite(norm), clipped, torch.full_like(norm, correction))
-            elif norm > limit and math.isfinite(norm):
-                factor = correction * (limit / (norm + _EPSILON))
+            elif math.isfinite(norm):
+                if _taps.clip.is_installed() and correction != 1.0:
+                    gradients.multiply(correction)
+                    factor = correction = 1.0
+                if not clip_aloud(gradients.owners, norm, limit) and norm > limit:
+                    factor = correction * (limit / (norm + _EPSILON))
         if isinstance(factor, Tensor) or factor != 1.0:
             gradients.multiply(factor)
         if self.settings.clip_value is not None:
