@@ -37,10 +37,13 @@ def real(call: str, name: str, number: Any) -> float:
     Raises:
         UsageError: it is not a finite real number.
     """
-    if isinstance(number, (bool, str, bytes, complex)) or not hasattr(number, "__float__"):
+    if isinstance(number, float):
+        value = number  # a compiled function may hold a symbol here
+    elif isinstance(number, bool | str | bytes | complex) or not hasattr(number, "__float__"):
         raise UsageError(f"{call}: {name}={number!r} is not a number", fix=f"a real number as {name}")
-    value = float(number)
-    if not math.isfinite(value):
+    else:
+        value = float(number)
+    if not -math.inf < value < math.inf:
         raise UsageError(
             f"{call}: {name}={value}", why="it would turn the gradient into inf or nan", fix="a finite number"
         )
