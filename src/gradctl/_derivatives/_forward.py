@@ -166,8 +166,8 @@ def tangents(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Generator[
     _first_level()
     keep = find("preserve_version")
     with forward_ad.dual_level():
-        for tensor, vector in zip(tensors, vectors, strict=True):
-            with torch.no_grad(), contextlib.nullcontext() if keep is None else keep(tensor):
+        with torch.no_grad(), contextlib.nullcontext() if keep is None else keep(tuple(tensors)):
+            for tensor, vector in zip(tensors, vectors, strict=True):
                 tensor.copy_(forward_ad.make_dual(tensor.detach(), vector))
         yield
 

@@ -225,7 +225,7 @@ class _Watch(TorchFunctionMode):
 
 _LOSSES = frozenset(
     (
-        "cross_entropy_loss",
+        "cross_entropy",
         "log_softmax",
         "mse_loss",
         "binary_cross_entropy_with_logits",
