@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -195,3 +195,31 @@ def test_a_state_of_another_mode_or_model_is_refused() -> None:
         kept["remainders"]["1.weight"] = torch.zeros(3, dtype=torch.int16)
         with pytest.raises(gradctl.UsageError, match=r"the state does not fit: 1\.weight"):
             attached.load_state_dict(kept)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("mode", "first"),  # attached first, torch itself refuses the gradients of weights that are kept in 16 bits
+    [("bf16-master", "attach"), ("bf16-master", "wrap"), ("bf16-kahan", "wrap"), ("bf16-stochastic", "wrap")],
+)
+def test_a_wrapper_that_would_not_hear_the_gradients_is_seen_in_the_forward(mode: Any, first: str) -> None:
+    """Two ranks drift apart without a word otherwise: the reducer waits for weights that the forward does not use."""
+    model = network()
+    wrapped = nn.parallel.DistributedDataParallel(model) if first == "wrap" else model
+    with gradctl.precision(mode).attach(model, sgd(model)) as attached:
+        with attached.forward():
+            model(torch.randn(3, 4))  # by itself it is no wrapped model
+        attached.collect()
+        if first == "attach":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(gradctl.PrecisionRefused) as caught, attached.forward():
+            wrapped(torch.randn(3, 4))
+        assert caught.value.headline == "the model is wrapped by DistributedDataParallel"
+    assert not model._forward_pre_hooks

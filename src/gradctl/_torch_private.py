@@ -114,6 +114,13 @@ NAMES: tuple[PrivateName, ...] = (
         "as for enter_autocast",
     ),
     PrivateName(
+        "active_ddp",
+        "torch.nn.parallel:DistributedDataParallel._get_active_ddp_module",
+        "2.13",
+        "precision",
+        "16-bit weights below DistributedDataParallel are refused only where the wrapper itself is attached",
+    ),
+    PrivateName(
         "unscale_kernel",
         "torch:_amp_foreach_non_finite_check_and_unscale_",
         "2.13",

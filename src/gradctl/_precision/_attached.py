@@ -19,7 +19,7 @@ from gradctl._precision._loss_scale import LossScale, unscale
 from gradctl._precision._masters import Masters
 from gradctl._precision._mode import Precision
 from gradctl._precision._overrides import Island, islands, kept_in_float32, weights_in_16_bits
-from gradctl._precision._refusals import STORES_16_BITS, parameters_of, refuse
+from gradctl._precision._refusals import STORES_16_BITS, SWAPS_WEIGHTS, parameters_of, refuse, refuse_inside_ddp
 from gradctl._precision._sixteen import Sixteen
 
 _attached: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()  # the mode, by model and by optimizer
@@ -80,6 +80,8 @@ class Attached:
             self._keep_masters(fp32_modules)
         elif precision.mode in STORES_16_BITS:
             self._store_16_bits(fp32_modules)
+        if precision.mode in SWAPS_WEIGHTS and torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._handles.append(model.register_forward_pre_hook(self._not_inside_ddp))
         for thing in (model, *optimizers):
             _attached[thing] = precision.mode
 
@@ -251,6 +253,9 @@ class Attached:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+    def _not_inside_ddp(self, module: Module, args: Any) -> None:
+        refuse_inside_ddp(self.precision.mode)
 
     # -- attaching -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch.nn import Module, Parameter
 from torch.optim import LBFGS, Optimizer
 
+from gradctl import _torch_private as private
 from gradctl._errors import PrecisionRefused, UsageError
 from gradctl._names._patterns import named_parameters
 from gradctl._precision._mode import Mode
@@ -145,15 +146,33 @@ def _check_parameter(mode: Mode, name: str, parameter: Parameter) -> None:
         )
 
 
+def refuse_inside_ddp(mode: Mode) -> None:
+    """Raise if this forward runs inside of DistributedDataParallel, also one that wraps what was attached before.
+
+    Its reducer listens to the weights as they were when it was built, and hears nothing of those that replace them:
+    the ranks would drift apart without a word.
+
+    Raises:
+        PrecisionRefused: it does.
+    """
+    active = private.find("active_ddp")
+    if active is not None and active() is not None:
+        raise _wrapped("the model", "DistributedDataParallel", mode)
+
+
+def _wrapped(name: str, kind: str, mode: Mode) -> PrecisionRefused:
+    return PrecisionRefused(
+        f"{name} is wrapped by {kind}",
+        what=f"precision {mode!r} replaces the weights that it listens to: gradients would not be reduced",
+        fix='"bf16-autocast" and "fp16-scaled" work with it, attached before it or after',
+    )
+
+
 def _check_wrappers(mode: Mode, model: Module, named: dict[str, Parameter]) -> None:
     for name, module in model.named_modules():
         kind = type(module).__name__
         if type(module).__module__.startswith("torch.") and kind in ("DistributedDataParallel", "DataParallel"):
-            raise PrecisionRefused(
-                f"{name or 'the model'} is wrapped by {kind}",
-                what=f"precision {mode!r} replaces the weights that it listens to, and gradients would not be reduced",
-                fix='"bf16-autocast" and "fp16-scaled" work below and above it',
-            )
+            raise _wrapped(name or "the model", kind, mode)
     for name, parameter in named.items():
         if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
             raise PrecisionRefused(
