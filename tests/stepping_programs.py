@@ -1,7 +1,7 @@
 """Runs programs under the recorder, each in a fork of one process that has loaded torch already.
 
-Usage: `python stepping_programs.py RESULTS FOLDER...`. For each `NAME.py` it leaves a run directory `RESULTS/NAME`, which
-`gradctl run` would have left, and in it `rc`, the exit code of the program.
+Usage: `python stepping_programs.py RESULTS FOLDER...`. For each `NAME.py` it leaves a run directory `RESULTS/NAME`, as
+`gradctl run` would have, and in it `rc`, the exit code of the program.
 """
 
 from __future__ import annotations

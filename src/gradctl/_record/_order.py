@@ -68,6 +68,7 @@ class Order:
         self._numbers: dict[Any, int] = {}
         self._next = _NEXT
         self._skips = self._overflows = 0
+        self._marked = False
         self._begun = self._ended = self._finished = False
 
     # -- stretches ----------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ class Order:
         root = outputs[0]
         if not isinstance(root, Tensor):
             return None
-        kind, scaled = read_root(root)
+        kind, scaled = read_root(root, marks=self._marked)
         flags = _KIND[kind]
         flags += "s" if scaled else ""
         flags += "a" if torch.is_autocast_enabled(root.device.type) else ""
@@ -354,6 +355,7 @@ class Order:
 
     def _scaled(self, scaler: Any, result: Any) -> None:
         mark_scaled(result)
+        self._marked = True
         lane = self._lane()
         lane.scale = _scale_of(scaler)
         lane.add(Op("x", self._places.here().site))

@@ -25,16 +25,19 @@ def mark_scaled(result: Any) -> None:
             node.metadata[_MARK] = True
 
 
-def read_root(root: Any) -> tuple[Kind, bool]:
+def read_root(root: Any, *, marks: bool) -> tuple[Kind, bool]:
     """Return what kind of loss a root is, a scaler's factor passed over, and whether a scaler has scaled it.
 
     Args:
         root: what was handed to backward.
+        marks: whether `mark_scaled` was ever called.
     """
     with torch._C.DisableTorchFunction():
         node = root.grad_fn
         if node is None:
             return "other", False
+        if not marks:
+            return _kind(node), False
         if _MARK in node.metadata:
             inside = _single(node)
             return ("other" if inside is None else _kind(inside)), True

@@ -1,6 +1,7 @@
 """accelerate divides, holds back the step and the scheduler, and flushes."""
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -10,7 +11,6 @@ x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
 model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 loader = DataLoader(TensorDataset(x, y), batch_size=8)
-from accelerate import Accelerator
 
 accelerator = Accelerator(cpu=True, gradient_accumulation_steps=5)
 scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)

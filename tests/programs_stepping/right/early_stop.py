@@ -1,5 +1,7 @@
 """Stops in the middle of a group, by an exit of its own."""
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,7 +12,6 @@ x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
 model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 loader = DataLoader(TensorDataset(x, y), batch_size=8)
-import sys
 
 for i, (xb, yb) in enumerate([*loader] * 2):
     (F.cross_entropy(model(xb), yb) / 4).backward()

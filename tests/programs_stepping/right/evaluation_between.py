@@ -10,7 +10,7 @@ x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
 model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 loader = DataLoader(TensorDataset(x, y), batch_size=8)
-for epoch in range(4):
+for _epoch in range(4):
     for i, (xb, yb) in enumerate(loader):
         (F.cross_entropy(model(xb), yb) / 4).backward()
         if (i + 1) % 4 == 0:

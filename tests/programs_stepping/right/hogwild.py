@@ -1,5 +1,7 @@
 """Two threads, two models, each with its own order."""
 
+import threading
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -10,7 +12,6 @@ x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
 model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 loader = DataLoader(TensorDataset(x, y), batch_size=8)
-import threading
 
 
 def train():

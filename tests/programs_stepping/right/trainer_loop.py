@@ -1,18 +1,18 @@
 """The Trainer of transformers accumulates by itself, also a model that averages its loss."""
 
+import tempfile
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import Trainer, TrainingArguments
 
 torch.manual_seed(0)
 x, y = torch.randn(96, 16), torch.randint(0, 4, (96,))
 model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 loader = DataLoader(TensorDataset(x, y), batch_size=8)
-import tempfile
-
-from transformers import Trainer, TrainingArguments
 
 
 class Classifier(nn.Module):

@@ -1,8 +1,7 @@
-"""fp16-norm-overflow, line 18: gradctl.precision("fp16-scaled")"""
+"""fp16-norm-overflow, line 17: gradctl.precision("fp16-scaled")"""
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.manual_seed(0)
