@@ -30,7 +30,8 @@ def backward_with(
         grads: the gradient of each, in the same structure: of the same shape, dtype and device. They are constants.
         inputs: add to the `.grad` of these tensors only; None is every leaf that is reached.
         retain_graph: keep the graph for another walk.
-        create_graph: record this walk, so that `.grad` can be differentiated; keeps the graph as well.
+        create_graph: record this walk, so that `.grad` can be differentiated; keeps the graph as well. torch warns of the
+            cycle between a leaf and its `.grad`.
     Raises:
         UsageError: structures, shapes, dtypes or devices differ, an output requires no gradient, there is no output, an
             input requires no gradient, or a `torch.func` transform is active (which has no `.grad`).
@@ -48,14 +49,12 @@ def backward_with(
             f"backward_with: {_count(leaves, 'output')} and {_count(given, 'gradient')}",
             fix="one gradient for each output, in the same order",
         )
-    if arguments.pytree.tree_structure(outputs) != arguments.pytree.tree_structure(grads):
-        both_sequences = isinstance(outputs, tuple | list) and isinstance(grads, tuple | list)
-        if not both_sequences or paths != given_paths:
-            raise UsageError(
-                "backward_with: outputs and grads have different structures",
-                what=f"outputs: {', '.join(paths)}; grads: {', '.join(given_paths)}",
-                fix="the same nesting and the same keys in both",
-            )
+    if [path.removeprefix("outputs") for path in paths] != [path.removeprefix("grads") for path in given_paths]:
+        raise UsageError(
+            "backward_with: outputs and grads have different structures",
+            what=f"outputs: {', '.join(paths)}; grads: {', '.join(given_paths)}",
+            fix="the same nesting and the same keys in both",
+        )
     if not leaves:
         raise UsageError("backward_with: outputs holds no tensor", fix="pass at least one output")
     for path, leaf, given_path, grad in zip(paths, leaves, given_paths, given, strict=True):
