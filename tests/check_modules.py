@@ -113,7 +113,8 @@ def average_pool(n: int) -> Case:
 
 @case
 def attention(n: int) -> Case:
-    return nn.MultiheadAttention(8, 2, batch_first=True), (torch.randn(2, n, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 8))
+    query, key, value = torch.randn(2, n, 8), torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    return nn.MultiheadAttention(8, 2, batch_first=True), (query, key, value)
 
 
 @case
@@ -163,7 +164,8 @@ def embedding_with_padding(n: int) -> Case:
 
 @case
 def sparse_embedding_bag(n: int) -> Case:
-    return nn.EmbeddingBag(7, 4, mode=("sum", "mean", "sum", "mean")[n - 1], sparse=n > 2), (torch.randint(0, 7, (3, n)),)
+    bag = nn.EmbeddingBag(7, 4, mode=("sum", "mean")[n % 2], sparse=n > 2)
+    return bag, (torch.randint(0, 7, (3, n)),)
 
 
 @case
@@ -183,7 +185,8 @@ def losses(n: int) -> Case:
     target = torch.randn(4, n)
 
     def run(x: Tensor) -> list[Tensor]:
-        return [F.mse_loss(x, target), F.smooth_l1_loss(x, target, beta=0.3), F.huber_loss(x, target), F.l1_loss(x, target)]
+        smooth = F.smooth_l1_loss(x, target, beta=0.3)
+        return [F.mse_loss(x, target), smooth, F.huber_loss(x, target), F.l1_loss(x, target)]
 
     return run, (torch.randn(4, n),)
 

@@ -26,8 +26,12 @@ from gradctl._names._patterns import Pattern, select
 from gradctl._results import Findings
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
-_NOT_TWICE = re.compile(r"derivative for (?:'(\w+)'|(\S+)) is not implemented|once_differentiable|not (?:twice )?differentiable")
-_NO_DERIVATIVE = re.compile(r"the derivative for '(\w+)' is not implemented")
+_NOT_TWICE = re.compile(
+    r"derivative for (?:'(\w+)'|(\S+)) is not implemented|once_differentiable|not (?:twice )?differentiable"
+)
+_NO_DERIVATIVE = re.compile(
+    r"the derivative for '(\w+)' is not implemented|is not differentiable with respect to argument '(\w+)'"
+)
 
 
 def check(
@@ -159,6 +163,8 @@ class _Builder:
             if not looked:
                 looked = True
                 graph = read(outputs, leaves)
+                names = (*plain.names, *self.params)
+                graph.padded = [names[i] for i in graph.padding]
                 self.circumstances.graph = graph
                 still.update({i: still_rows(leaves[i].detach(), rows) for i, rows in graph.padding.items()})
             return outputs
@@ -282,7 +288,7 @@ def _known(error: Exception, order: int) -> Exception:
     missing = _NO_DERIVATIVE.search(text)
     if missing is not None and order == 1:
         return UsageError(
-            f"torch has no derivative by {missing.group(1)!r} at all",
+            f"torch has no derivative by {missing.group(missing.lastindex or 0)!r} at all",
             what=text,
             fix="say which inputs are checked: x.requires_grad_() on those, or fix the other inside the function",
         )

@@ -16,12 +16,14 @@ class Graph:
 
     Args:
         padding: rows of an embedding that get no gradient by design, by index of the leaf.
+        padded: names of the leaves with such rows.
         hidden: leaves that require a gradient and were not put in.
         authors: classes of `autograd.Function` that take the leaf or what is computed from it, by index of the leaf;
             those that take it itself come first.
     """
 
     padding: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    padded: list[str] = field(default_factory=list[str])
     hidden: list[Tensor] = field(default_factory=list[Tensor])
     authors: list[type] = field(default_factory=list[type])
 

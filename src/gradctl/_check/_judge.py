@@ -84,6 +84,13 @@ def _finding(group: Sequence[Mismatch], circumstances: Circumstances) -> Finding
     worst = max(group, key=lambda m: m.relative if math.isfinite(m.relative) else 0.0)
     slug = slug_of(worst)
     severity, symptom, why, fix, confidence = _words(slug, worst, len(group), circumstances.order)
+    padded = [m.name for m in group if circumstances.order == 2 and m.name in circumstances.graph.padded]
+    if padded:
+        why = (
+            "The padding row of an embedding gets no gradient by design, and torch's double backward leaves it out: a "
+            "product with the Hessian is right only for directions that are zero in that row."
+        )
+        fix = "keep the direction zero in the padding row"
     hooked = [m.name for m in group if m.hooks]
     if hooked:
         why += f" {', '.join(hooked)} {'has' if len(hooked) == 1 else 'have'} gradient hooks, which count here."
@@ -242,11 +249,13 @@ def _factor_reason(factor: float) -> str:
 def _kink(kinks: Sequence[Mismatch]) -> Finding:
     first = kinks[0]
     more = f" (and {len(kinks) - 1} more)" if len(kinks) > 1 else ""
+    settled = first.error <= 0.1 * abs(first.numeric)
+    given = f"differences give {first.numeric:.6g}" if settled else "differences do not settle"
     return Finding(
         slug="kink",
         severity="note",
-        symptom=f"this point is at a kink for {first.name}{more}: differences give {first.numeric:.6g} where autograd "
-        f"has chosen {first.analytic:.6g}; right beside it they agree",
+        symptom=f"this point is at a kink for {first.name}{more}: {given} where autograd has chosen "
+        f"{first.analytic:.6g}; right beside it they agree",
         why="A function such as ReLU at 0, a tie in a maximum or abs at 0 has no derivative there, and autograd takes "
         "one of its sides.",
         fix="nothing; to see it gone, check at inputs that are moved a little",

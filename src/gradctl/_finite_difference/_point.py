@@ -173,6 +173,17 @@ class Point:
         parts = zip(self.chosen, self.outputs, self.cotangents(probe), strict=True)
         return float(sum(dot(u, outputs[i].detach() - out) for i, out, u in parts))
 
+    def beside(self, number: int, step: float) -> list[Tensor]:
+        """Draw values beside these ones, each element moved by another amount: what was tied is tied no more."""
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number * 7919 + 1) % (1 << 62))
+        moved: list[Tensor] = []
+        for value, scale in zip(self.values, self.scales, strict=True):
+            parts = _real(value)
+            drawn = torch.rand(parts.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).mul_(step * scale)
+            parts = parts + drawn.to(device=parts.device, dtype=parts.dtype)
+            moved.append(torch.view_as_complex(parts) if value.is_complex() else parts)
+        return moved
+
     def _draw(self, like: Tensor, probe: int, index: int) -> Tensor:
         """Draw numbers of either sign between 0.5 and 1.5: a wrong element cannot hide behind a small one."""
         generator = torch.Generator().manual_seed(

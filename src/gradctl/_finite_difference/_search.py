@@ -28,7 +28,6 @@ _ROUNDINGS = 16.0
 # A step whose rounding hides a larger share of the gradients than this is left to the closer look.
 _TOO_NOISY = 1e-4
 _BESIDE = 2
-_BESIDE_SEED = 7919
 
 
 def compare(subject: Subject, *, probes: int = 3, seed: int = 0, order: int = 1) -> Comparison:
@@ -347,12 +346,8 @@ class _Search:
         if self.beside is None:
             self.beside = []
             for number in range(_BESIDE):
-                away = self.probes + _BESIDE_SEED + number
-                values = [
-                    value + self.steps.jitter * self.point.direction(away, i)
-                    for i, value in enumerate(self.subject.values)
-                ]
                 try:
+                    values = self.point.beside(number, self.steps.jitter)
                     point = Point(self.subject, self.states, self.seed, values)
                 except (ValueError, RuntimeError, ArithmeticError):
                     continue  # outside of where the function is defined
