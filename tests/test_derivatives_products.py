@@ -611,6 +611,13 @@ def test_an_error_of_the_program_is_the_one_that_is_raised() -> None:
             call(broken, w, torch.ones(2))
 
 
+@pytest.fixture(scope="module")
+def compiler() -> None:
+    """Have torch.compile do once what it does to torch when it is first used; no test has leaked that."""
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1))
+
+
+@pytest.mark.usefixtures("compiler")
 def test_a_compiled_model_is_refused_by_name() -> None:
     w = torch.randn(3, requires_grad=True)
     compiled = torch.compile(lambda z: z.sin() * z, backend="aot_eager", fullgraph=True)

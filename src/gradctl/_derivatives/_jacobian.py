@@ -186,7 +186,7 @@ def _applied(
             if not may_loop:
                 raise
     found = [[None if each is None else each.unsqueeze(0) for each in apply(unit, batched=False)] for unit in units]
-    return found, True
+    return found, loop or count > 1
 
 
 def _joined(pieces: Sequence[Tensor | None], shape: Sequence[int], like: Tensor) -> Tensor:
