@@ -415,6 +415,20 @@ NAMES: tuple[PrivateName, ...] = (
         "none of them can be used",
     ),
     PrivateName(
+        "transform_wrapped",
+        "torch._C:_functorch.is_functorch_wrapped_tensor",
+        "2.13",
+        "custom gradients",
+        "a parameter that forward of custom_vjp reads from around itself is not seen under torch.func",
+    ),
+    PrivateName(
+        "transform_unwrap",
+        "torch._C:_functorch.get_unwrapped",
+        "2.13",
+        "custom gradients",
+        "as for transform_wrapped",
+    ),
+    PrivateName(
         "forward_level",
         "torch.autograd.forward_ad:_current_level",
         "2.13",

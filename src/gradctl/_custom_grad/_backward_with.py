@@ -30,8 +30,8 @@ def backward_with(
         grads: the gradient of each, in the same structure: of the same shape, dtype and device. They are constants.
         inputs: add to the `.grad` of these tensors only; None is every leaf that is reached.
         retain_graph: keep the graph for another walk.
-        create_graph: record this walk, so that `.grad` can be differentiated; keeps the graph as well. torch warns of the
-            cycle between a leaf and its `.grad`.
+        create_graph: record this walk, so that `.grad` can be differentiated; keeps the graph as well. torch
+            warns of the cycle between a leaf and its `.grad`.
     Raises:
         UsageError: structures, shapes, dtypes or devices differ, an output requires no gradient, there is no output, an
             input requires no gradient, or a `torch.func` transform is active (which has no `.grad`).

@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from gradctl import _torch_private as private
 from gradctl._custom_grad import _second_order as second
 from gradctl._custom_grad._captured import captured
 from gradctl._custom_grad._pack import Layout, Nest, pack, unpack
 from gradctl._custom_grad._returned import Expected, returned
 from gradctl._custom_grad._vehicle import Family, carry_none, family, no_forward_mode, transforms_active
 from gradctl._errors import UsageError
+
+_wrapped = private.find("transform_wrapped")
+_unwrap = private.find("transform_unwrap")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +225,8 @@ def refuse_captured(call: Call, results: Sequence[Tensor]) -> None:
     Raises:
         UsageError: naming it.
     """
+    if not torch.compiler.is_compiling():
+        results = [_recorded_below(result) for result in results]
     learnt = [result for result in results if result.requires_grad]
     if learnt:
         name = "a tensor" if torch.compiler.is_compiling() else captured(call.rule.forward, learnt)
@@ -229,6 +235,13 @@ def refuse_captured(call: Call, results: Sequence[Tensor]) -> None:
             why="backward returns gradients of the arguments only",
             fix="pass it as an argument; gradctl.stop it where no gradient is meant",
         )
+
+
+def _recorded_below(result: Tensor) -> Tensor:
+    """Return the tensor inside of the wrappers of torch.func that requires a gradient, if one does."""
+    while not result.requires_grad and _unwrap and _wrapped and transforms_active() and _wrapped(result):
+        result = _unwrap(result)
+    return result
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -251,7 +264,7 @@ def _checked(
         return returned(call, _given(call, saved, grads), needed)
     if call.rule.second_order == "differentiate":
         own = len(saved) - len(call.inputs) - len(call.outputs)
-        if own and call.residuals is not None:
+        if own:
             saved = _recorded(call, saved, own)
         return returned(call, _given(call, saved, grads), needed)
     with torch.no_grad():
