@@ -140,9 +140,10 @@ class Holding:
         Raises:
             FreezeRefused: a wrapper that was made meanwhile would not follow; everything stays held.
         """
-        changing = {slot.name: slot.current() for slot in self._slots if self._changes(slot)}
-        verb = "freeze" if self._request.trains else "unfreeze"
-        _refusals.refuse_under_ddp(unwrapped(self._request.model), changing, verb)
+        if _refusals.is_distributed():
+            changing = {slot.name: slot.current() for slot in self._slots if self._changes(slot)}
+            verb = "freeze" if self._request.trains else "unfreeze"
+            _refusals.refuse_under_ddp(unwrapped(self._request.model), changing, verb)
         with _watch.lock:
             self._let_go()
             _watch.renew()

@@ -117,14 +117,19 @@ def refuse_lbfgs(optimizers: Sequence[torch.optim.Optimizer]) -> None:
             )
 
 
+def is_distributed() -> bool:
+    """Whether there is a process group, without which there is neither DDP nor FSDP."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def refuse_under_ddp(model: Module, changed: Mapping[str, Tensor], verb: str) -> None:
     """Refuse to change what trains below a DDP, or an FSDP1, that has been made already."""
+    if not is_distributed():
+        return
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel" and type(module).__module__.startswith("torch."):
             raise _wrapped(next(iter(changed), "the model"), "FullyShardedDataParallel", verb)
-    distributed: Any = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return  # DDP needs a process group
     ids = {id(parameter): name for name, parameter in changed.items()}
     for module in all_modules():
         if isinstance(module, torch.nn.parallel.DistributedDataParallel):

@@ -26,16 +26,20 @@ _STARTS_OTHERWISE = frozenset({"step_size"})
 class Rows:
     """A choice of rows, or of single elements, of one parameter.
 
+    Where they are most rows of many, the few others are what is looked up: copying a whole tensor is the faster.
+
     Args:
         which: first row and count; sorted indices, int64 [rows]; or a mask, bool, of the parameter's shape.
+        others: the rows that are not among them, int64, if these are fewer.
         count: how many elements of the parameter they are.
         text: for messages and tables: `rows 0-9 of 50257`.
     """
 
-    __slots__ = ("_which", "count", "text")
+    __slots__ = ("_others", "_which", "count", "text")
 
-    def __init__(self, which: tuple[int, int] | Tensor, *, count: int, text: str) -> None:
+    def __init__(self, which: tuple[int, int] | Tensor, *, count: int, text: str, others: Tensor | None = None) -> None:
         self._which = which
+        self._others = others
         self.count = count
         self.text = text
 
@@ -44,7 +48,8 @@ class Rows:
         which = self._on(whole)
         if isinstance(which, tuple):
             return whole.narrow(0, *which).clone()
-        return whole.clone() if which.dtype == torch.bool else whole.index_select(0, which)
+        is_all = which.dtype == torch.bool or self._others is not None
+        return whole.clone() if is_all else whole.index_select(0, which)
 
     def put(self, whole: Tensor, kept: Tensor) -> None:
         """Write back what `take` returned."""
@@ -53,6 +58,9 @@ class Rows:
             whole.narrow(0, *which).copy_(kept)
         elif which.dtype == torch.bool:
             torch.where(which, kept, whole, out=whole)
+        elif self._others is not None:
+            moved = whole.index_select(0, self._others)
+            whole.copy_(kept).index_copy_(0, self._others, moved)
         else:
             whole.index_copy_(0, which, kept)
 
@@ -62,7 +70,11 @@ class Rows:
         if grad.is_sparse:
             return self._without(grad.coalesce(), which)
         if isinstance(which, tuple):
-            which = torch.arange(which[0], sum(which), device=grad.device)
+            zeroed = grad.clone()
+            zeroed.narrow(0, *which).zero_()
+            return zeroed
+        if self._others is not None:
+            return torch.zeros_like(grad).index_copy_(0, self._others, grad.index_select(0, self._others))
         return grad.masked_fill(which, 0) if which.dtype == torch.bool else grad.index_fill(0, which, 0)
 
     def clear(self, whole: Tensor) -> None:
@@ -88,6 +100,7 @@ class Rows:
         # A model that was moved takes its rows along.
         if isinstance(self._which, Tensor) and self._which.device != like.device:
             self._which = self._which.to(like.device)
+            self._others = None if self._others is None else self._others.to(like.device)
         return self._which
 
 
@@ -136,8 +149,12 @@ def read_rows(name: str, parameter: Tensor, wanted: Any) -> Rows:
     first, last = rows[0], rows[-1]
     together = last - first + 1 == len(rows)
     which = (first, len(rows)) if together else torch.tensor(rows, device=parameter.device)
+    others = None
+    if not together and 2 * len(rows) > size:
+        chosen = set(rows)
+        others = torch.tensor([row for row in range(size) if row not in chosen], device=parameter.device)
     span = f"row {first}" if len(rows) == 1 else f"rows {first}-{last}" if together else f"{len(rows)} rows"
-    return Rows(which, count=len(rows) * width, text=f"{span} of {size}")
+    return Rows(which, count=len(rows) * width, text=f"{span} of {size}", others=others)
 
 
 def _indices(name: str, wanted: Any, size: int) -> list[int]:

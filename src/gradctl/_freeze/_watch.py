@@ -17,6 +17,7 @@ from torch import Tensor
 from gradctl import _taps
 from gradctl._errors import FreezeRefused
 from gradctl._freeze import _flags, _rows
+from gradctl._freeze._layers import Layer
 
 
 class _Pending:
@@ -73,17 +74,20 @@ def _before_step(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return
     _rows.refuse_lost()
     pending = _Pending()
+    is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             flag = _flags.flag_of(parameter)
             if flag is not None and flag.is_frozen() and not parameter.requires_grad:
-                _refuse_lbfgs(optimizer, f"a parameter of shape {list(parameter.shape)}", str(flag.holder()))
+                if is_lbfgs:
+                    raise _lbfgs_moves(f"a parameter of shape {list(parameter.shape)}", flag.holder())
                 flag.aside = None  # the step that would have consumed it passes
                 if parameter.grad is not None:  # somebody fills in zeros where there is none
                     pending.grads.append((parameter, parameter.grad))
                     parameter.grad = None
             for held in _rows.held_of(parameter):
-                _refuse_lbfgs(optimizer, held.rows.text, str(held.layer))
+                if is_lbfgs:
+                    raise _lbfgs_moves(held.rows.text, held.layer)
                 kept = _rows.Kept(parameter, held.rows, optimizer.state.get(parameter) or {})
                 pending.rows.append((parameter, kept))
     if pending.grads or pending.rows:
@@ -106,14 +110,13 @@ for _hook in (_before_step, _after_step):  # torch.compile stops at them, runs t
     _hook._torchdynamo_disable = True  # type: ignore[attr-defined]  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _refuse_lbfgs(optimizer: Any, what: str, by: str) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise FreezeRefused(
-            f"LBFGS would move {what}, frozen by {by}",
-            what="it steps all of its parameters along one direction, also those without a gradient",
-            why="that direction remembers earlier gradients, and its line search needs the whole step",
-            fix="give it only what trains: torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])",
-        )
+def _lbfgs_moves(what: str, by: Layer | None) -> FreezeRefused:
+    return FreezeRefused(
+        f"LBFGS would move {what}, frozen by {by}",
+        what="it steps all of its parameters along one direction, also those without a gradient",
+        why="that direction remembers earlier gradients, and its line search needs the whole step",
+        fix="give it only what trains: torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])",
+    )
 
 
 def _after_zero_grad(inner: Callable[..., Any]) -> Callable[..., Any]:
