@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradctl._derivatives._batch import Batch, Generators, LossFn, call, output_tensors
+from gradctl._derivatives._per_sample_check import refuse_reentrant
 from gradctl._derivatives._row_owners import Layout, digits, find_layout
 from gradctl._derivatives._shares import Shares, shares_of
 from gradctl._derivatives._weight_uses import Dense, Factors, Rows, Use, find_uses
@@ -30,6 +31,7 @@ class Plan:
         others: parameters whose gradients are formed instead, and the operation because of which.
         unfused: whether recurrent layers run as single operations.
         lasting: whether it holds for later calls; not when rows were zero whose owner could not be seen.
+        looped: whether the gradients of the others are formed one sample at a time.
     """
 
     kinds: int
@@ -37,6 +39,7 @@ class Plan:
     others: dict[str, str]
     unfused: bool
     lasting: bool
+    looped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,8 @@ def read_graph(
         outputs, loss = call(model, loss_fn, rows)
         if not loss.requires_grad:
             return None
-        uses = find_uses(loss, parameters)
+        refuse_reentrant(loss)
+        uses = find_uses(loss, parameters, rows.size)
         if uses.fused_rnn and uses.others and not unfused:
             generators.put_back()
             again = Plan(0, {}, {}, True, True)

@@ -70,25 +70,28 @@ def gradient_penalty(
                 fix="use LayerNorm, GroupNorm or InstanceNorm in a penalised model, or put it into eval mode",
             )
     # The graph of this gradient is the point: without it the penalty is a constant.
-    found = differentiate(
-        lambda: torch.autograd.grad(outputs.sum(), several, create_graph=True, materialize_grads=True),
-        again="the outputs",
-    )
-    gradients = [g.flatten(1) for g in cast("Sequence[Tensor]", found)]
-    if not any(g.requires_grad for g in gradients):
-        raise UsageError(
-            "the penalty has no gradient",
-            what="d output / d input depends on nothing that requires gradients",
-            why="the weights between them are frozen",
-            fix="unfreeze the model that is penalised; to watch the norms only, call torch.autograd.grad",
+    with torch.enable_grad():
+        found = differentiate(
+            lambda: torch.autograd.grad(outputs.sum(), several, create_graph=True, materialize_grads=True),
+            again="the outputs",
         )
-    flat = torch.cat(gradients, 1)
-    squares = _squares(flat) if target == 0 else (_norms(flat) - target)
-    if target != 0:
-        squares = (squares.clamp(min=0) if sides == "one" else squares).square()
-    if reduction == "none":
-        return squares
-    return squares.mean() if reduction == "mean" else squares.sum()
+        gradients = [g.flatten(1) for g in cast("Sequence[Tensor]", found)]
+        if not any(g.requires_grad for g in gradients):
+            raise UsageError(
+                "the penalty has no gradient",
+                what="d output / d input depends on nothing that requires gradients",
+                why="the weights between them are frozen",
+                fix="unfreeze the model that is penalised; to watch the norms only, call torch.autograd.grad",
+            )
+        flat = torch.cat(gradients, 1)
+        if target == 0:
+            costs = _squares(flat)  # smooth at zero, and no root
+        else:
+            off = _norms(flat) - target
+            costs = (off.clamp(min=0) if sides == "one" else off).square()
+        if reduction == "none":
+            return costs
+        return costs.mean() if reduction == "mean" else costs.sum()
 
 
 def _squares(flat: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from gradctl._derivatives._batch import (
 )
 from gradctl._derivatives._factor_norms import formed
 from gradctl._derivatives._graph_rows import Plan, read_graph
-from gradctl._derivatives._per_sample_check import check_sum, plain_gradient, tolerance
+from gradctl._derivatives._per_sample_check import check_sum, plain_gradient, refuse_reentrant, tolerance
 from gradctl._derivatives._shares import Shares, shares_of
 from gradctl._derivatives._weight_uses import Dense, Factors
 from gradctl._errors import GradctlError, NotPerSample, UsageError
@@ -140,7 +140,8 @@ def per_sample_grads(
     )
     why = reason or why
     draws = generators.moved()
-    if checked:
+    # Shares belong to the masks of the batch's own forward: whether the same were drawn again is never taken on trust.
+    if checked or (draws and shares is not None):
 
         def again(model: nn.Module, rows: Batch, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
             generators = Generators(parameters)
@@ -148,7 +149,16 @@ def per_sample_grads(
             compute = batched if used == "vmap" else one_by_one
             return compute(model, loss_fn, rows, parameters, shares=shares)
 
-        check_sum(model, loss_fn, rows, parameters, grads, reduction, generators, again)
+        try:
+            check_sum(model, loss_fn, rows, parameters, grads, reduction, generators, again)
+        except GradctlError:
+            if used == "loop" or method == "vmap":
+                raise
+            # The loop decides: vmap does not see gradient hooks, nor what loss_fn itself takes from the model.
+            generators.put_back()
+            used, why = "loop", "vmap found other gradients than plain autograd"
+            grads = one_by_one(model, loss_fn, rows, parameters, shares=shares)
+            check_sum(model, loss_fn, rows, parameters, grads, reduction, generators, again)
     elif draws and used == "loop":
         _leave_as_a_plain_call(model, loss_fn, rows, generators)
     if check != "off":
@@ -201,7 +211,7 @@ def batched(
     constants = {name: value.detach() for name, value in model.named_parameters() if name not in held}
     constants |= {name: value.clone() for name, value in model.named_buffers()}
 
-    def of_one(taken: dict[str, Tensor], *leaves: Tensor) -> Tensor:
+    def of_one(taken: dict[str, Tensor], constants: dict[str, Tensor], *leaves: Tensor) -> Tensor:
         mine, given = leaves[:count], leaves[count:]
         one = batch.replaced([leaf.unsqueeze(0) for leaf in mine], 1)
         outputs = functional_call(model, (taken, constants), one.inputs, one.keywords)
@@ -212,11 +222,11 @@ def batched(
     leaves = [*batch.leaves(), *(shares.values if shares else [])]
     count = len(leaves) - (len(shares.values) if shares else 0)
     # Every sample draws its own mask: one for all samples is no per-sample gradient of the training.
-    mapped = vmap(grad(of_one), in_dims=(None, *([0] * len(leaves))), randomness="different", chunk_size=chunk)
+    mapped = vmap(grad(of_one), in_dims=(None, None, *([0] * len(leaves))), randomness="different", chunk_size=chunk)
     on_cpu = all(leaf.device.type == "cpu" for leaf in leaves)
     # Flash attention has no batched form on CPU: vmap would run it sample by sample.
     with sdpa_kernel(SDPBackend.MATH) if on_cpu else contextlib.nullcontext():
-        found: dict[str, Tensor] = mapped(held, *leaves)
+        found: dict[str, Tensor] = mapped(held, constants, *leaves)
     return found
 
 
@@ -271,6 +281,8 @@ def one_by_one(
             outputs, loss = call(model, loss_fn, batch.row(index))
             if shares is not None:
                 loss = shares.weigh(outputs, [value[index : index + 1] for value in shares.values])
+            if index == 0:
+                refuse_reentrant(loss)
             for name, gradient in zip(names, plain_gradient(loss, values), strict=True):
                 found[name][index] = gradient
     return found

@@ -54,6 +54,8 @@ _SPLITS = frozenset(
         "ChunkBackward",
     ]
 )
+# Nodes that repeat a small tensor for every sample.
+_BROADCASTS = frozenset(["AddBackward", "SubBackward", "MulBackward", "ExpandBackward", "RepeatBackward"])
 _SILENT = frozenset(["CloneBackward", "AliasBackward", "ToCopyBackward"])
 _FUSED_RNN = ("MkldnnRnnLayerBackward", "CudnnRnnBackward", "MiopenRnnBackward")
 
@@ -122,6 +124,14 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class _Takers:
+    """Which nodes take the outputs of a node, at which position, and which output; and the number of samples."""
+
+    of: Mapping[Any, list[tuple[Any, int, int]]]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Uses:
     """All uses of the weights in a graph.
 
@@ -138,8 +148,14 @@ class Uses:
     kinds: int
 
 
-def find_uses(loss: Tensor, parameters: Mapping[str, Tensor]) -> Uses:
-    """Read the graph of `loss`; runs nothing, except what unpacking saved tensors runs."""
+def find_uses(loss: Tensor, parameters: Mapping[str, Tensor], size: int) -> Uses:
+    """Read the graph of `loss`; runs nothing, except what unpacking saved tensors runs.
+
+    Args:
+        loss: of the batch.
+        parameters: by name.
+        size: number of samples.
+    """
     nodes: list[Any] = []
     takers: dict[Any, list[tuple[Any, int, int]]] = defaultdict(list)
     leaves: dict[int, Any] = {}
@@ -159,12 +175,13 @@ def find_uses(loss: Tensor, parameters: Mapping[str, Tensor]) -> Uses:
             if child is not None:
                 takers[child].append((node, position, output))
                 stack.append(child)
+    graph = _Takers(takers, size)
     by_name: dict[str, list[Use]] = {}
     others: dict[str, str] = {}
     for name, value in parameters.items():
         leaf = leaves.get(id(value))
         uses: list[Use] = []
-        fault = _follow(leaf, tuple(value.shape), (), False, takers, uses) if leaf is not None else None
+        fault = _follow(leaf, tuple(value.shape), (), False, graph, uses) if leaf is not None else None
         if fault is None and not _one_space(uses):
             fault = "overlapping parts of one weight"
         if fault is None:
@@ -181,10 +198,10 @@ def kind(node: Any) -> str:
 
 
 def _follow(
-    node: Any, shape: tuple[int, ...], route: tuple[object, ...], flip: bool, takers: Any, uses: list[Use]
+    node: Any, shape: tuple[int, ...], route: tuple[object, ...], flip: bool, graph: _Takers, uses: list[Use]
 ) -> str | None:
     """Collect the uses of a weight below its relabellings; the name of an operation that is not understood, or None."""
-    for taker, position, output in takers[node]:
+    for taker, position, output in graph.of[node]:
         name = kind(taker)
         seen = _shape_of(node, output, shape)
         if name in _RELABELS:
@@ -193,15 +210,15 @@ def _follow(
                 turned = not flip
             elif name not in _SILENT:
                 onward = (*route, (name, seen, _arguments(taker), flip))
-            fault = _follow(taker, shape, onward, turned, takers, uses)
+            fault = _follow(taker, shape, onward, turned, graph, uses)
         elif name in _CUTS:
-            fault = _follow(taker, shape, (*route, (name, seen, _arguments(taker), flip)), flip, takers, uses)
+            fault = _follow(taker, shape, (*route, (name, seen, _arguments(taker), flip)), flip, graph, uses)
         elif name in _SPLITS:
             # Which output of the split a taker has is known one level below.
-            fault = _follow_parts(taker, route, flip, takers, uses)
+            fault = _follow_parts(taker, route, flip, graph, uses)
         else:
             if name == "EmbeddingBackward" and position == 0:
-                lifted = _lifted(taker, route, flip, takers)
+                lifted = _lifted(taker, route, flip, graph)
                 if lifted is not None:
                     uses += lifted
                     continue
@@ -217,29 +234,32 @@ def _follow(
     return None
 
 
-def _lifted(lookup: Any, route: tuple[object, ...], flip: bool, takers: Any) -> list[Use] | None:
+def _lifted(lookup: Any, route: tuple[object, ...], flip: bool, graph: _Takers) -> list[Use] | None:
     """Uses of a looked-up table whose result is broadcast to the samples, as rows of the result; else None."""
     result = lookup._input_metadata[0].shape if hasattr(lookup, "_input_metadata") else None
     indices, padding = lookup._saved_indices, int(lookup._saved_padding_idx)
+    # One row of indices for each sample is a lookup like any other.
+    if indices.dim() > 1 and indices.shape[0] == graph.size:
+        return None
     if result is None or flip or route or 0 <= padding < 1 << 62 or lookup._saved_scale_grad_by_freq:
         return None
     inner: list[Use] = []
-    if _follow(lookup, tuple(result), (), False, takers, inner) is not None:
+    if _follow(lookup, tuple(result), (), False, graph, inner) is not None:
         return None
     for use in inner:
-        spread = math.prod(use.node._input_metadata[0].shape) > math.prod(result)
+        spread = kind(use.node) in _BROADCASTS and math.prod(use.node._input_metadata[0].shape) > math.prod(result)
         if not (spread and use.in_order and not use.flip and use.looked_up is None):
             return None
     return [Use(use.node, use.rows, route, flip, indices) for use in inner]
 
 
-def _follow_parts(split: Any, route: tuple[object, ...], flip: bool, takers: Any, uses: list[Use]) -> str | None:
+def _follow_parts(split: Any, route: tuple[object, ...], flip: bool, graph: _Takers, uses: list[Use]) -> str | None:
     by_output: dict[int, list[tuple[Any, int, int]]] = defaultdict(list)
-    for taker in takers[split]:
+    for taker in graph.of[split]:
         by_output[taker[2]].append(taker)
     for output, some in by_output.items():
         part = (*route, ("part", kind(split), _arguments(split), output))
-        fault = _follow(split, (), part, flip, {**takers, split: some}, uses)
+        fault = _follow(split, (), part, flip, _Takers({**graph.of, split: some}, graph.size), uses)
         if fault is not None:
             return fault
     return None
