@@ -53,11 +53,19 @@ def test_a_smooth_function_made_of_kinks_is_a_kink_where_autograd_chooses_wrongl
     assert [f.slug for f in gradctl.check(lambda x: x.relu() - (-x).relu(), x, notes=True)] == ["kink"]
 
 
-def test_float32_inside_of_a_function_is_remarked_and_no_alarm() -> None:
+def test_casts_to_float32_inside_of_a_function_go_to_float64() -> None:
     torch.manual_seed(0)
-    findings = gradctl.check(lambda x: (x.float() ** 3).sin().to(x.dtype), torch.randn(50))
+    for cast in (lambda x: x.float(), lambda x: x.to(torch.float32), lambda x: x.softmax(0, dtype=torch.float32)):
+        findings = gradctl.check(lambda x, cast=cast: (cast(x) ** 3).sin(), torch.randn(50))
+        assert findings == []
+        assert findings.remarks == ("casts to float32 went to float64 in this check",)
+
+
+def test_half_precision_inside_of_a_function_is_remarked_and_no_alarm() -> None:
+    torch.manual_seed(0)
+    findings = gradctl.check(lambda x: (x.bfloat16() ** 3).sin().to(x.dtype), torch.randn(50))
     assert findings == []
-    assert any("rounds to float32" in remark for remark in findings.remarks)
+    assert any("rounds to bfloat16" in remark for remark in findings.remarks)
 
 
 def test_sums_in_another_order_are_no_non_determinism() -> None:

@@ -20,7 +20,8 @@ from gradctl._check._reached import reached
 from gradctl._check._stand_ins import StandIns, hooks_of
 from gradctl._errors import NoSecondDerivative, UsageError
 from gradctl._finite_difference import Subject, compare_in_double
-from gradctl._finite_difference._function import differentiable, function_subject
+from gradctl._finite_difference._double import differentiable
+from gradctl._finite_difference._function import function_subject
 from gradctl._finite_difference._trees import tensors
 from gradctl._names._patterns import Pattern, select
 from gradctl._results import Findings

@@ -11,6 +11,8 @@ from gradctl._check._graph import Graph
 from gradctl._finite_difference import REORDERED, Comparison, Mismatch
 from gradctl._results import Finding, Findings, Severity, Span
 
+_NAMES = 6
+
 
 @dataclass(slots=True)
 class Circumstances:
@@ -283,9 +285,14 @@ def _remarks(comparison: Comparison, circumstances: Circumstances) -> list[str]:
         remarks.append("the function takes no float64: compared in float32, faults below 0.1 % are not seen")
     if comparison.lowest is not None:
         remarks.append(f"{comparison.lowest[1]} rounds to {comparison.lowest[0]}: differences are as coarse as that")
-    for name, error in comparison.undecided.items():
-        known = f"a share of {error:.1g}" if math.isfinite(error) else "any accuracy"
-        remarks.append(f"{name} could not be compared to better than {known}")
+    if comparison.casts_raised:
+        remarks.append("casts to float32 went to float64 in this check")
+    if comparison.undecided:
+        worst = max(comparison.undecided.values())
+        known = f"than {worst:.1g} of their gradient" if worst < 1 else "at all: no step gives settled differences"
+        names = list(comparison.undecided)
+        more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+        remarks.append(f"{', '.join(names[:_NAMES])}{more} could not be compared {'better ' * (worst < 1)}{known}")
     graph = circumstances.graph
     if graph.hidden:
         shapes = ", ".join(str(list(tensor.shape)) for tensor in graph.hidden[:4])

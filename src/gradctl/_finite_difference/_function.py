@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradctl._errors import UsageError
+from gradctl._finite_difference._double import (
+    as_given,
+    differentiable,
+    double,
+    double_by_default,
+    with_casts_raised,
+)
 from gradctl._finite_difference._mismatch import Comparison, Mismatch
 from gradctl._finite_difference._point import Subject
-from gradctl._finite_difference._search import compare
+from gradctl._finite_difference._search import RoundsToSingle, compare
 from gradctl._finite_difference._trees import replaced, tensors
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -76,6 +84,8 @@ def compare_in_double(
 ) -> Comparison:
     """Compare in float64, or in the dtypes that were given when the function fails with float64.
 
+    A function that casts to float32 on the way is compared with these casts going to float64, where it can be.
+
     Args:
         build: makes the subject, with every tensor converted by the function that it is given.
         given: all tensors that take part, in their own dtypes.
@@ -88,16 +98,29 @@ def compare_in_double(
     """
     try:
         with double_by_default():
-            return compare(build(double), probes=probes, seed=seed, order=order)
+            try:
+                return compare(build(double), probes=probes, seed=seed, order=order, rounding="raise")
+            except RoundsToSingle:
+                pass
+            try:
+                raised = with_casts_raised(build(double))
+                return replace(compare(raised, probes=probes, seed=seed, order=order), casts_raised=True)
+            except Exception:  # it needs its casts
+                return compare(build(double), probes=probes, seed=seed, order=order)
     except UsageError:
         raise
     except Exception as refused:
         dtypes = {tensor.dtype for tensor in given if differentiable(tensor)}
         if dtypes <= {torch.float64, torch.complex128}:
             raise
-        half = next((dtype for dtype in _HALVES if dtype in dtypes), None)
-        if half is not None:
-            raise no_half(half, refused) from refused
+        try:
+            with double_by_default():
+                raised = with_casts_raised(build(double))
+                return replace(compare(raised, probes=probes, seed=seed, order=order), casts_raised=True)
+        except Exception:
+            half = next((dtype for dtype in _HALVES if dtype in dtypes), None)
+            if half is not None:
+                raise no_half(half, refused) from refused
         return compare(build(as_given), probes=probes, seed=seed, order=order)
 
 
@@ -159,34 +182,6 @@ def function_subject(
 def floating_outputs(result: Any) -> list[Tensor]:
     """Return the outputs that can have a derivative."""
     return [tensor for _, tensor in tensors(result) if differentiable(tensor)]
-
-
-def differentiable(tensor: Tensor) -> bool:
-    """Say whether a tensor is of a dtype that has derivatives."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def double(tensor: Tensor) -> Tensor:
-    """Return a floating tensor in float64, a complex one in complex128, others as they are."""
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor
-
-
-def as_given(tensor: Tensor) -> Tensor:
-    """Return the tensor itself."""
-    return tensor
-
-
-class double_by_default:  # noqa: N801  (used as a function)
-    """Make what a function creates float64 as well, inside the block."""
-
-    def __enter__(self) -> None:
-        self._before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self._before)
 
 
 def no_half(dtype: torch.dtype, refused: Exception) -> UsageError:

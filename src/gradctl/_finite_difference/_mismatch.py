@@ -74,6 +74,7 @@ class Comparison:
         forward_repeat: relative difference between two forwards from the same random state; 0.0 when bitwise equal.
         precision: dtype in which all was computed.
         lowest: a lower dtype that an operation on the way used, with the operation's name.
+        casts_raised: casts of the forward to float32 went to float64 instead.
         num_forwards: how often the function was run.
         num_backwards: how often it was differentiated.
         checked: names of the tensors that were compared.
@@ -85,6 +86,7 @@ class Comparison:
     forward_repeat: float = 0.0
     precision: str = "float64"
     lowest: tuple[str, str] | None = None
+    casts_raised: bool = False
     num_forwards: int = 0
     num_backwards: int = 0
     checked: tuple[str, ...] = ()

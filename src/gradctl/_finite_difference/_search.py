@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,10 +27,23 @@ REORDERED = 1e-10
 _ROUNDINGS = 16.0
 # A step whose rounding hides a larger share of the gradients than this is left to the closer look.
 _TOO_NOISY = 1e-4
+# An answer that is known no better than this, as a share of the gradient, leaves the comparison undecided.
+_ROUGHLY = 1e-3
 _BESIDE = 2
 
 
-def compare(subject: Subject, *, probes: int = 3, seed: int = 0, order: int = 1) -> Comparison:
+class RoundsToSingle(Exception):
+    """The forward casts to float32; never shown: it ends a comparison that another one replaces."""
+
+
+def compare(
+    subject: Subject,
+    *,
+    probes: int = 3,
+    seed: int = 0,
+    order: int = 1,
+    rounding: Literal["compare", "raise"] = "compare",
+) -> Comparison:
     """Compare gradients with central differences along random directions, group by group, then find the culprits.
 
     Every tensor is moved at once, those with much smaller gradients in a group of their own; a group that disagrees is
@@ -42,17 +55,22 @@ def compare(subject: Subject, *, probes: int = 3, seed: int = 0, order: int = 1)
         probes: how many directions, each with a cotangent of its own.
         seed: of both.
         order: 2 compares the gradient of the gradient.
+        rounding: whether to end as soon as something disagrees in a function that casts to float32 on the way.
 
     Raises:
+        RoundsToSingle: with `rounding="raise"`.
         UsageError: there is no floating output, or an output is not finite at the point.
     """
     with RandomStates(subject.generators) as states:
-        return _Search(twice(subject, states, seed) if order == 2 else subject, states, probes, seed).run()
+        whole = twice(subject, states, seed, rounding) if order == 2 else subject
+        return _Search(whole, states, probes, seed, rounding).run()
 
 
-def twice(subject: Subject, states: RandomStates, seed: int) -> Subject:
+def twice(subject: Subject, states: RandomStates, seed: int, rounding: str = "compare") -> Subject:
     """Return the subject whose outputs are the gradients of this one, cotangents being inputs as well."""
     point = Point(subject, states, seed)
+    if rounding == "raise" and _single(point.outputs) and not _single(subject.values):
+        raise RoundsToSingle
     _refuse_what_cannot_be_compared(point)
     chosen, cotangents = point.chosen, point.cotangents(0)
     point.release()
@@ -103,12 +121,15 @@ def _refuse_what_cannot_be_compared(point: Point) -> None:
 class _Search:
     """One comparison, from the first forward to the facts about each culprit."""
 
-    def __init__(self, subject: Subject, states: RandomStates, probes: int, seed: int) -> None:
+    def __init__(self, subject: Subject, states: RandomStates, probes: int, seed: int, rounding: str) -> None:
+        self.rounding = rounding
         self.subject, self.states, self.probes, self.seed = subject, states, probes, seed
-        single = any(torch.finfo(value.dtype).eps > 1e-10 for value in subject.values)
+        single = _single(subject.values)
         self.steps: Steps = SINGLE if single else DOUBLE
         self.point = Point(subject, states, seed)
         _refuse_what_cannot_be_compared(self.point)
+        if rounding == "raise" and not single and _single(self.point.outputs):
+            raise RoundsToSingle
         self.beside: list[Point] | None = None
         self.lowest: tuple[str, str] | None = None
         self.looked_lower = False
@@ -244,6 +265,8 @@ class _Search:
         than = torch.float32 if self.steps is SINGLE else torch.float64
         self.lowest = lower_operation(lambda: self.point.change(0, {}, 0.0), than)
         if self.lowest is not None:
+            if self.lowest[0] == "float32" and self.rounding == "raise":
+                raise RoundsToSingle
             eps = torch.finfo(getattr(torch, self.lowest[0])).eps
             self.floor = max(self.floor, eps * self._magnitude(0) / 4)
 
@@ -301,7 +324,7 @@ class _Search:
             if self._agrees_beside(i):
                 value, error = (slope.value, slope.error) if slope else (math.nan, math.inf)
                 kinks.append(self._plain(i, self.expected[probe][i], value, error=error))
-            else:
+            elif known > _ROUGHLY:
                 self.undecided[self.subject.names[i]] = known
         return mismatches, kinks
 
@@ -354,6 +377,10 @@ class _Search:
                 if point.finite:
                     self.beside.append(point)
         return self.beside
+
+
+def _single(tensors: Sequence[torch.Tensor]) -> bool:
+    return any(torch.finfo(tensor.dtype).eps > 1e-10 for tensor in tensors)
 
 
 def _groups(kept: Sequence[int], largest: Sequence[float], total: float) -> list[list[int]]:
