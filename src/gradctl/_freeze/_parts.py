@@ -22,26 +22,30 @@ def frozen_part(model: Module, is_chosen: Callable[[Tensor], bool]) -> list[Modu
         is_chosen: whether this is about a parameter.
     """
     part: dict[int, Module] = {}
-    seen: dict[int, tuple[bool, bool]] = {}
-
-    def look(module: Module) -> tuple[bool, bool]:
-        """Return whether it, with all below, requires no gradient, and whether a chosen one is there."""
-        if id(module) in seen:
-            return seen[id(module)]
-        seen[id(module)] = (True, False)  # for a module that holds itself
-        own = list(module.parameters(recurse=False))
-        still = not any(parameter.requires_grad for parameter in own)
-        has_chosen = any(is_chosen(parameter) for parameter in own)
-        for child in module.children():
-            child_still, child_has = look(child)
-            still, has_chosen = still and child_still, has_chosen or child_has
-        seen[id(module)] = (still, has_chosen)
-        if still and has_chosen:
-            part.update((id(below), below) for below in module.modules() if id(below) not in part)
-        return seen[id(module)]
-
-    look(model)
+    _look(model, is_chosen, {}, part)
     return list(part.values())
+
+
+def _look(
+    module: Module,
+    is_chosen: Callable[[Tensor], bool],
+    seen: dict[int, tuple[bool, bool]],
+    part: dict[int, Module],
+) -> tuple[bool, bool]:
+    """Return whether it, with all below, requires no gradient, and whether a chosen one is there."""
+    if id(module) in seen:
+        return seen[id(module)]
+    seen[id(module)] = (True, False)  # for a module that holds itself
+    own = list(module.parameters(recurse=False))
+    still = not any(parameter.requires_grad for parameter in own)
+    has_chosen = any(is_chosen(parameter) for parameter in own)
+    for child in module.children():
+        child_still, child_has = _look(child, is_chosen, seen, part)
+        still, has_chosen = still and child_still, has_chosen or child_has
+    seen[id(module)] = (still, has_chosen)
+    if still and has_chosen:
+        part.update((id(below), below) for below in module.modules() if id(below) not in part)
+    return seen[id(module)]
 
 
 def keeps_statistics(module: Module) -> bool:
