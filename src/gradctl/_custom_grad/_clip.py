@@ -139,11 +139,13 @@ def _shortened(g: Tensor, most: float, kept: int) -> Tensor:
     wide = g if g.dtype not in _HALF else g.to(_HALF[g.dtype])
     if kept == g.dim():
         size = wide.abs()
+    elif kept == 0:
+        size = torch.linalg.vector_norm(wide)
     else:
         size = torch.linalg.vector_norm(wide, dim=tuple(range(kept, g.dim())), keepdim=True)
     # inf - inf and nan - nan are nan, all else is 0: no plausible number comes out of a norm that is none.
     factor = most / size.clamp(min=most) + (size - size)
-    return (g * factor).to(g.dtype)
+    return (wide * factor).to(g.dtype)
 
 
 _HALF = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
