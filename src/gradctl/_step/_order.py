@@ -1,7 +1,7 @@
 """The order of a step, in one place.
 
 zero → (microbatch: forward, weigh, scale, backward) × k → sync after the last → unscale → measure → clip → step or skip
-→ average, scheduler → loss scale → zero. `Order.backward` and `Order.update` are read top to bottom.
+→ average, scheduler → loss scale. `Order.zero`, `backward` and `update` are read top to bottom.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gradctl._step._weights import as_count, check_loss, check_reduction, diviso
 
 _EPSILON = 1e-6  # as in torch's clip_grad_norm_
 _SKIPS = 50  # in a row: a loss scale of 2 ** 16 has come down to 2 ** -34 by then
+_NONE = Buckets().of(())
 _LOOK_EVERY = 50  # steps between two looks for 16-bit weights that do not move
 
 
@@ -88,6 +89,15 @@ class Order:
 
     # -- a microbatch --------------------------------------------------------------------------------------------------
 
+    def zero(self) -> None:
+        """Before the first microbatch of a step: drop every gradient that is there."""
+        # To None: what gets no gradient in this step is not updated in it. Before the forward, which uses the memory,
+        # and not after the update: until then the gradients can be read, and memory that is freed where nothing
+        # follows goes back to the system and is fetched again page by page (7 % of a step of an MLP). Whatever else
+        # has left a gradient, validation, a look at one, an aborted step, has no part in this step either.
+        if self.so_far.microbatches == 0 and any(p.grad is not None for p in self.attached.stepped()):
+            self.attached.zero_grad()
+
     def backward(self, loss: Any, items: float | None) -> None:
         """Run the backward of one microbatch, weighed so that the sum is the gradient of one big batch.
 
@@ -99,9 +109,7 @@ class Order:
             check_loss(loss)
             items = self._items(loss, items)
 
-        # zero: what validation, a look at gradients or an aborted step has left in .grad is no part of this step.
-        if so_far.microbatches == 0 and any(parameter.grad is not None for parameter in attached.stepped()):
-            attached.zero_grad()
+        self.zero()  # of a loop without `forward`
 
         if items == 0:
             # A mean over nothing is NaN, and its backward may be as well: what has no item has no gradient.
@@ -141,7 +149,7 @@ class Order:
         # count: the divisor is the number of items of the whole step, over all microbatches and processes.
         items = so_far.items if self.count_all is None else self.count_all(so_far.items)
         correction = so_far.divisor / items if items and so_far.divisor else 1.0
-        gradients = self._buckets.of(attached.stepped())
+        gradients = self._buckets.of(attached.stepped()) if settings.reads or correction != 1.0 else _NONE
 
         # sync: after the last backward, so that one reduction serves all microbatches; the sum over processes needs
         # every process's gradients divided by the same number first.
@@ -150,7 +158,7 @@ class Order:
                 gradients.multiply(correction)
                 correction = 1.0
             self.sync()
-            gradients = self._buckets.of(attached.stepped())
+            gradients = self._buckets.of(attached.stepped()) if settings.reads else _NONE
 
         # unscale: before measuring, as limit and norm are in the units of the loss. Once, for all optimizers.
         if isinstance(attached, Attached) and attached.scales:
@@ -188,8 +196,6 @@ class Order:
         # loss scale: after the step, whose gradients were divided by the old one.
         if items != 0:
             attached.update(found_inf)
-        # zero: to None, so that the memory is free during the next forward.
-        attached.zero_grad()
 
         result = StepResult(
             skipped=skipped,

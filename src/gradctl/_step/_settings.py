@@ -52,6 +52,11 @@ class Settings:
         """Whether the gradient norm is wanted: to clip, or to see NaN and inf."""
         return self.clip_norm is not None or self.on_nonfinite != "continue"
 
+    @property
+    def reads(self) -> bool:
+        """Whether gradients are looked at or changed, were all microbatches alike."""
+        return self.measures or self.clip_value is not None
+
 
 def settings(
     *,

@@ -45,8 +45,9 @@ class Step:
                 result = step.update()
         step.flush()                      # what is left at the end of an epoch
 
-    After `update` the gradients are gone (`None`). A step that was skipped changes nothing but the loss scale: no
-    optimizer, no schedule, no average. As a context manager it takes the precision back at the end of the block.
+    Gradients can be read until the next `forward`, which drops them. A step that was skipped changes nothing but the
+    loss scale: no optimizer, no schedule, no average. As a context manager it takes the precision back at the end of
+    the block.
 
     Args:
         model: the model, or a list of models.
@@ -194,6 +195,7 @@ class Step:
             UnfinishedStep: all microbatches are there, and `update` was not called.
         """
         self._check_not_ready()
+        self._order.zero()
         return self._attached.forward()
 
     def backward(self, loss: Tensor | None, *, items: int | float | Tensor | None = None) -> None:
