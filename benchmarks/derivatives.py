@@ -38,6 +38,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import derivatives_samples as samples
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
@@ -473,12 +474,42 @@ TASKS: dict[str, Task] = {
         compare={"gradctl.sharpness": ("eigsh with products by hand",)},
         tolerance=2e-2,
     ),
+    "per_sample_grads": Task(
+        models=ALL,
+        reference="loop over the samples",
+        arms=samples.GRADS,
+        ours=("gradctl.per_sample_grads",),
+        compare={"gradctl.per_sample_grads": ("vmap(grad)", "loop over the samples")},
+    ),
+    "per_sample_norms": Task(
+        models=ALL,
+        reference="vmap(grad), then norms",
+        arms=samples.NORMS,
+        ours=("gradctl.per_sample_norms",),
+        compare={"gradctl.per_sample_norms": ("vmap(grad), then norms", "opacus ghost norms", "backpack BatchL2Grad")},
+    ),
+    "gradient_penalty": Task(
+        models=("cnn", "mlp"),
+        reference="create_graph by hand",
+        arms=samples.PENALTIES,
+        ours=("gradctl.gradient_penalty",),
+        compare={"gradctl.gradient_penalty": ("create_graph by hand", "grad(vmap(grad))")},
+    ),
+    "unrolled": Task(
+        models=("cnn", "mlp"),
+        reference="functional_call by hand",
+        arms=samples.LOOPS,
+        ours=("gradctl.unrolled",),
+        compare={"gradctl.unrolled": ("functional_call by hand", "higher")},
+    ),
 }
 BARS: dict[tuple[str, str, str], float] = {
     **{("hvp", kind, "gradctl.hvp"): 2.3 for kind in ("cnn", "mlp", "transformer")},
     **{("hvp", kind, "HessianOperator, a further product"): 1.4 for kind in ("cnn", "mlp", "transformer")},
     **{("ggnvp", kind, "gradctl.ggnvp"): 1.8 for kind in ("cnn", "mlp")},
     **{("ggnvp", kind, "GGNOperator, a further product"): 1.25 for kind in ("cnn", "mlp")},
+    ("per_sample_norms", "mlp", "gradctl.per_sample_norms"): 1.25,
+    ("per_sample_norms", "cnn", "gradctl.per_sample_norms"): 1.6,
 }
 
 
