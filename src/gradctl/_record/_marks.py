@@ -52,7 +52,10 @@ class Watched:
         with torch._C.DisableTorchFunction():
             params = self.params()
             grads = [param.grad for param in params]
-            found = tuple(None if grad is None else (id(grad), grad._version) for grad in grads)
+            # a gradient that was made in inference mode counts no versions
+            found = tuple(
+                None if grad is None else (id(grad), 0 if grad.is_inference() else grad._version) for grad in grads
+            )
         return Marks(found, self._value(grads))
 
     def has_hooks(self) -> bool:
@@ -78,8 +81,11 @@ class Watched:
             if not 0 < size <= _SMALL:
                 return ""
             self._probe = probe
-        grad = grads[self._probe].detach()
         if dispatch_modes():
             with Quiet():
-                return str(grad.reshape(-1)[:_READ].tolist())
-        return str(grad.reshape(-1)[:_READ].tolist())
+                return _first_numbers(grads[self._probe])
+        return _first_numbers(grads[self._probe])
+
+
+def _first_numbers(grad: torch.Tensor) -> str:
+    return str(grad.detach().reshape(-1)[:_READ].tolist())
