@@ -111,10 +111,11 @@ def gated(w: nn.Linear, x: Tensor) -> Tensor:
         (gated, "no rule for MulBackward0"),
         (lambda w, x: 1.0 + w(x).exp(), "no rule for ExpBackward0"),
         (lambda w, x: torch.ones(4, 3, dtype=F64).div(w(x)), "no rule for a division by a computed value"),
-        (lambda w, x: w(x) + w.bias, "enters as no weight or bias of a layer|has not the batch"),
+        (lambda w, x: w(x) + w.bias, "enters as no weight or bias of a layer|over the batch"),
         (lambda w, x: x @ w.weight, "not a transposed weight"),
         (lambda w, x: torch.nn.functional.linear(x, w.weight * 2), "a weight that is itself computed"),
         (lambda w, x: w(x)[[1, 0, 2, 3]], "no rule for IndexBackward0"),
+        (lambda w, x: torch.cat([w(x), w(x)[:, :1]], 1) - w(x).mean(1), "no rule|more than once|over the batch"),
     ],
 )
 def test_what_propagation_has_no_rule_for_is_named_and_done_by_products(outputs: Any, reason: str) -> None:

@@ -114,6 +114,25 @@ def test_batchnorm_in_training_mode_has_no_jacobian_of_a_sample() -> None:
     assert gradctl.jacobian(model.eval(), x, batch="samples").shape == (5, 3, 3)
 
 
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda z: z.mean(0),
+        lambda z: z - z.mean(1),
+        lambda z: z - z.mean(0, keepdim=True),
+        lambda z: z.t() * 2,
+        lambda z: z[[1, 0, 2]],
+        lambda z: z @ z.detach() @ z,
+        lambda z: (z @ torch.ones(3, 3)).relu().flip(0),
+        lambda z: torch.nn.functional.linear(torch.ones(3, 3), z),
+    ],
+)
+def test_samples_that_see_each_other_are_found_when_batch_and_features_have_one_size(mixing: Any) -> None:
+    x = torch.rand(3, 3) + 0.1
+    with pytest.raises(gradctl.NotPerSample, match="the output of sample 0 depends on other samples"):
+        gradctl.jacobian(mixing, x, batch="samples")
+
+
 def test_samples_need_one_first_dim() -> None:
     x = torch.randn(4, 3)
     with pytest.raises(gradctl.UsageError, match="have not one first dim in common"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradctl._derivatives._forward import bound, run, with_graph
 from gradctl._derivatives._graph import Reached, differentiate, plain_arithmetic, refuse_no_second_derivative, walk
+from gradctl._derivatives._layers import keeps_samples_apart
 from gradctl._derivatives._twice import TwiceBackward
 from gradctl._derivatives._used import Unused, hold_used
 from gradctl._derivatives._variables import Variables, Wanted, variables
@@ -216,7 +217,7 @@ def _hold_samples(to: Variables, of: Variables, reached: Reached) -> None:
             fix="samples lie in the first dim of each; for parameters leave batch='none'",
         )
     live = [output for output in to.tensors if output.requires_grad]
-    if live[0].shape[0] < 2:
+    if live[0].shape[0] < 2 or keeps_samples_apart(live, of.tensors):
         return
     generator = torch.Generator(device="cpu").manual_seed(0)
     weights = [torch.zeros_like(output) for output in live]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,6 +198,63 @@ def planned(loss: Tensor, of: Variables) -> Plan | str:
         return str(reason)
 
 
+def keeps_samples_apart(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether every operation from inputs to outputs is known to work on each sample of the first dim alone."""
+    samples = outputs[0].shape[:1]
+    wanted = {id(tensor) for tensor in inputs}
+    queue: list[Node] = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen: set[Node] = set(queue)
+    while queue:
+        node = queue.pop()
+        name: str = node.name()
+        below = [following for following, _ in node.next_functions]
+        if name == "torch::autograd::AccumulateGrad":
+            if id(node.variable) not in wanted:
+                return False  # a parameter that is added or multiplied in a way that nobody has looked at
+            continue
+        if _shape(node)[:1] != samples:
+            return False
+        if name in ("AddmmBackward0", "MmBackward0", "ConvolutionBackward0"):
+            weights = [below[0], below[2]] if name == "AddmmBackward0" else below[1:]
+            if any(_computed(each, wanted) for each in weights):
+                return False
+            below = [below[1] if name == "AddmmBackward0" else below[0]]
+        elif (name not in _PASS and name not in _SMOOTH) or _mixes(node, name):
+            return False
+        for following in below:
+            if following is not None and following not in seen:
+                seen.add(following)
+                queue.append(following)
+    return True
+
+
+def _mixes(node: Node, name: str) -> bool:
+    """Whether an operation whose output has the batch in its first dim may still mix samples.
+
+    A mean over the first of two dims of one size leaves the other in its place, and values of one rank less are
+    broadcast along the batch.
+    """
+    if name.startswith("Mean"):
+        rank = len(node._saved_self_sym_sizes)
+        dims = getattr(node, "_saved_dim", None)
+        return not dims or any((dim - (1 << 64 if dim >= 1 << 63 else 0)) % rank == 0 for dim in dims)
+    if name.startswith(("Add", "Sub", "Mul", "Div")) and not name.startswith("AddmmB"):
+        rank = len(_shape(node))
+        return any(_rank(below) != rank for below, _ in node.next_functions if below is not None)
+    return False
+
+
+def _rank(node: Node) -> int:
+    return node.variable.ndim if node.name() == "torch::autograd::AccumulateGrad" else len(_shape(node))
+
+
+def _computed(node: Node | None, wanted: set[int]) -> bool:
+    """Whether a weight is anything but a leaf that is not differentiated, or such a leaf transposed."""
+    if node is not None and node.name() == "TBackward0":
+        node = node.next_functions[0][0]
+    return node is not None and (node.name() != "torch::autograd::AccumulateGrad" or id(node.variable) in wanted)
+
+
 def _shape(node: Node, number: int = 0) -> tuple[int, ...]:
     return tuple(int(size) for size in node._input_metadata[number].shape)
 
@@ -247,6 +304,8 @@ def _plan(outputs: GradientEdge, of: Variables) -> Plan:
         elif name in _PASS and (sum(each is not None for each in below) < 2 or name[:3] in ("Add", "Sub")):
             if name.startswith("Div") and below[0] is None:
                 raise NotPropagated("no rule for a division by a computed value")
+            if _mixes(node, name):
+                raise NotPropagated(f"{name} over the batch")
             onward = below
         elif name.startswith("NativeBatchNorm") and not node._saved_training and below[1] is below[2] is None:
             onward = below[:1]

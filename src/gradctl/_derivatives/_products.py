@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
 from gradctl._derivatives._forward import Buffers, bound, scalar, tangent_of, tangents, with_graph
@@ -18,7 +19,7 @@ from gradctl._derivatives._operators import (
     Loss,
     loss_and_outputs,
 )
-from gradctl._derivatives._split import split
+from gradctl._derivatives._split import softmax_head, split
 from gradctl._derivatives._twice import zeros_for
 from gradctl._derivatives._used import Unused, hold_used
 from gradctl._derivatives._variables import Variables, Wanted, variables
@@ -283,7 +284,7 @@ def _ggn_dual(
         hold_used(walk([loss], of.tensors), of, unused, what="loss")
     with plain_arithmetic(of.device):
         if bent is None:
-            bent = _bend(loss, edges, moved)
+            bent = _bend(loss, edges, moved, found=outputs is None)
         live = [number for number, each in enumerate(bent) if each is not None]
         back: Sequence[Tensor | None] = [None] * len(of.tensors)
         if live:
@@ -295,15 +296,25 @@ def _ggn_dual(
     return zeros_for(back, of.tensors)
 
 
-def _bend(loss: Tensor, edges: Sequence[Any], moved: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _bend(loss: Tensor, edges: Sequence[Any], moved: Sequence[Tensor | None], *, found: bool) -> list[Tensor | None]:
     """Return the Hessian of the loss in the outputs, times how they move; None where it is zero."""
+    head = softmax_head(loss, edges) if found and len(edges) == 1 else None
+    if head is not None and moved[0] is not None:
+        # Above the softmax the loss is linear: with weights u on log p its Hessian is -sum(u) (diag p - p p').
+        (weights,) = torch.autograd.grad(loss, [GradientEdge(head, 0)], retain_graph=True)
+        dim = head._saved_dim - (1 << 64 if head._saved_dim >= 1 << 63 else 0)
+        p = head._saved_result.detach().exp()
+        away = moved[0] - (p * moved[0]).sum(dim, keepdim=True)
+        return [p.mul_(away).mul_(-weights.sum(dim, keepdim=True))]
     with torch.enable_grad():
         cotangents = torch.autograd.grad(loss, edges, create_graph=True)
     pairs = [(each, way) for each, way in zip(cotangents, moved, strict=True) if each.requires_grad and way is not None]
     if not pairs:
         return [None] * len(edges)
-    return torch.autograd.grad(
-        [each for each, _ in pairs], edges, [way for _, way in pairs], retain_graph=True, allow_unused=True
+    return list(
+        torch.autograd.grad(
+            [each for each, _ in pairs], edges, [way for _, way in pairs], retain_graph=True, allow_unused=True
+        )
     )
 
 

@@ -57,6 +57,15 @@ def split(loss: Tensor, outputs: Sequence[Tensor] | None, tensors: Sequence[Tens
     return edges
 
 
+def softmax_head(loss: Tensor, edges: Sequence[GradientEdge]) -> Any:
+    """Return the one log-softmax right above the outputs, from which a loss that is known goes on; or None."""
+    node: Any = loss.grad_fn
+    while node is not None and node.name() != "LogSoftmaxBackward0":
+        live = [below for below, _ in node.next_functions if below is not None]
+        node = live[0] if len(live) == 1 else None
+    return node if node is not None and node.next_functions[0] == (edges[0].node, edges[0].output_nr) else None
+
+
 def _found(loss: Tensor) -> list[GradientEdge]:
     found: dict[tuple[Any, int], GradientEdge] = {}
     queue: list[tuple[Any, int]] = [(loss.grad_fn, 0)]
