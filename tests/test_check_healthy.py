@@ -86,3 +86,10 @@ def test_an_expanded_input_is_right() -> None:
 
 def test_a_function_that_uses_nothing_of_an_input_is_right() -> None:
     assert gradctl.check(lambda x, y: x * 2, (torch.randn(3), torch.randn(3))) == []
+
+
+@pytest.mark.parametrize("shift", [1e6, 1e10])
+def test_a_large_constant_that_swallows_small_steps_is_no_alarm(shift: float) -> None:
+    torch.manual_seed(0)
+    assert gradctl.check(lambda x: (shift + x).sum(), torch.randn(5)) == []
+    assert gradctl.check(lambda x: ((shift + x) - shift).sin(), torch.randn(5)) == []

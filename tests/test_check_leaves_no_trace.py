@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import gradctl
 
@@ -241,6 +243,16 @@ class DistributedDataParallel(nn.Module):
         self.module = module
 
 
+def scripted() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Linear(2, 2))
+
+
+def reentrant(x: Tensor) -> Tensor:
+    return checkpoint(torch.sin, x, use_reentrant=True)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
@@ -257,6 +269,8 @@ class DistributedDataParallel(nn.Module):
             "DistributedDataParallel cannot be",
         ),
         (lambda: gradctl.check(nn.Linear(2, 2), torch.ones(2), params=3), "params is a int"),
+        (lambda: gradctl.check(scripted(), torch.ones(2)), "is a scripted module"),
+        (lambda: gradctl.check(reentrant, torch.ones(2)), "a reentrant checkpoint cannot be checked"),
         (lambda: gradctl.check(nn.Linear(2, 2), torch.ones(2), {"w": torch.ones(2)}), "w of params is not found"),
         (lambda: gradctl.check(nn.Linear(2, 2), torch.ones(2), {"w": 3}), "params['w'] is no floating tensor"),
     ],
@@ -273,3 +287,20 @@ def test_inference_mode_is_refused_and_no_grad_is_not_in_the_way() -> None:
     with torch.no_grad():
         assert gradctl.check(torch.sin, torch.ones(2)) == []
         assert not torch.is_grad_enabled()
+
+
+def test_sparse_buffers_and_constants_are_raised_as_well() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("adjacency", torch.eye(4).to_sparse())
+            self.body, self.mask = nn.Linear(3, 3), [torch.ones(3), torch.zeros(3)]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sparse.mm(self.adjacency, self.body(x)) * self.mask[0] + F.linear(x, torch.ones(3, 3))
+
+    model = Graph()
+    before = model.adjacency
+    assert gradctl.check(model, torch.randn(4, 3)) == []
+    assert model.adjacency is before
+    assert before.dtype == torch.float32

@@ -87,8 +87,8 @@ def check(
     found = reached(fn_or_module)
     if isinstance(params, Module) and all(module is not params for _, module in found.modules):
         found.modules.append(("" if not found.modules else "params", params))
+    _refuse_modules([module for _, root in found.modules for module in root.modules()])
     with StandIns(found) as stand_ins:
-        _refuse_modules([module for _, module in stand_ins.modules])
         chosen = _parameters(stand_ins, params)
         circumstances = Circumstances(subject=_title(fn_or_module), order=order, graph=Graph())
         builder = _Builder(fn_or_module, names, args, kwargs, stand_ins, chosen, expected, order, circumstances)
@@ -292,6 +292,12 @@ def _known(error: Exception, order: int) -> Exception:
             f"torch has no derivative by {missing.group(missing.lastindex or 0)!r} at all",
             what=text,
             fix="say which inputs are checked: x.requires_grad_() on those, or fix the other inside the function",
+        )
+    if "use_reentrant=True" in text:
+        return UsageError(
+            "a reentrant checkpoint cannot be checked",
+            why="it gives gradients to .backward() only, not to torch.autograd.grad",
+            fix="torch.utils.checkpoint.checkpoint(..., use_reentrant=False)",
         )
     twice = _NOT_TWICE.search(text) if order == 2 else None
     if twice is not None:

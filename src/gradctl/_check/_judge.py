@@ -182,7 +182,7 @@ def _words(slug: str, worst: Mismatch, count: int, order: int) -> tuple[Severity
             "error",
             f"the {what} of {name} is {_times(worst.factor)} the derivative: {along}",
             _factor_reason(worst.factor),
-            "multiply the backward's result by the inverse",
+            f"multiply what the backward returns by the inverse; if it is meant, expected=[{worst.name!r}]",
             0.95,
         )
     if slug == "transposed":

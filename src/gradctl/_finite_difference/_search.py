@@ -255,7 +255,8 @@ class _Search:
     def _ladder(self, point: Point, probe: int, group: Sequence[int]) -> Ladder:
         self._look_lower()
         moves = {i: point.direction(probe, i) for i in group}
-        return climb(lambda t: point.change(probe, moves, t), self.steps, self.floor)
+        floor = max(self.floor, self.eps * self._magnitude(probe))
+        return climb(lambda t: point.change(probe, moves, t), self.steps, floor)
 
     def _look_lower(self) -> None:
         """Find out once whether the forward rounds to a lower dtype: its differences are as coarse as that."""

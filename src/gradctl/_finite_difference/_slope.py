@@ -13,6 +13,7 @@ _NOISE_POINTS = 5
 # Binomials of the fourth difference: the noise of one value is the difference over the root of their squares' sum, 70.
 _FOURTH = (1.0, -4.0, 6.0, -4.0, 1.0)
 _SAFETY = 8.0
+_FINELY = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +118,17 @@ def climb(change: Callable[[float], float], steps: Steps, floor: float = 0.0) ->
     finite = [(step, up, down) for step, up, down in pairs if math.isfinite(up) and math.isfinite(down)]
     noise = max(_noise(change, steps.noise), floor)
     values = [(up - down) / (2 * step) for step, up, down in finite]
+    constant = len(finite) > 3 and all(up == 0.0 == down for _, up, down in finite[-4:])
+    if constant and finite[0][1:] != (0.0, 0.0):
+        # Short steps move nothing. If that is because the function rounds finely, long ones give its slope all the
+        # same; those of a quantiser do not.
+        quantum = min(abs(each) for _, *both in finite for each in both if each != 0.0)
+        if 3 * quantum / finite[0][0] <= _FINELY * abs(values[0]):
+            noise, constant = max(noise, quantum), False
     slopes: list[Slope] = []
     for i, (step, _, _) in enumerate(finite):
         near = [abs(values[i] - values[j]) for j in (i - 1, i + 1) if 0 <= j < len(values)]
         slopes.append(Slope(values[i], max(*near, 3 * noise / step) if near else math.inf, step))
-    constant = len(finite) > 3 and all(up == 0.0 == down for _, up, down in finite[-4:])
     return Ladder(tuple(slopes), noise, constant)
 
 
