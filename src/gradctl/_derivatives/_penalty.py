@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -83,7 +84,7 @@ def gradient_penalty(
                 why="the weights between them are frozen",
                 fix="unfreeze the model that is penalised; to watch the norms only, call torch.autograd.grad",
             )
-        flat = torch.cat(gradients, 1)
+        flat = gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1)
         if target == 0:
             costs = _squares(flat)  # smooth at zero, and no root
         else:
@@ -101,12 +102,12 @@ def _squares(flat: Tensor) -> Tensor:
 def _norms(flat: Tensor) -> Tensor:
     """Euclidean norms of rows whose derivatives are zero where a row is."""
     # A norm is homogeneous: dividing by a constant first changes neither its value nor its derivatives.
-    scale = flat.detach().abs().amax(1)
-    zero = scale == 0
-    safe = torch.where(zero | ~torch.isfinite(scale), torch.ones_like(scale), scale)
-    squares = _squares(flat / safe[:, None])
-    roots = torch.where(zero, torch.ones_like(squares), squares).sqrt()
-    return torch.where(zero, torch.zeros_like(roots), roots) * safe
+    with torch.no_grad():
+        scale = torch.linalg.vector_norm(flat, math.inf, dim=1)
+        zero = (scale == 0).to(scale.dtype)
+        divisor = (scale + zero)[:, None]
+    # A row of zeros becomes one of ones, whose norm has all derivatives, and is then multiplied by its scale: zero.
+    return torch.linalg.vector_norm(torch.addcdiv(zero[:, None], flat, divisor), dim=1) * scale
 
 
 def _require(outputs: Tensor, inputs: list[Tensor]) -> None:

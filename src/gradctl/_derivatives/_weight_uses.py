@@ -7,6 +7,7 @@ shared, tied, used by `F.linear(x, m.weight)` or by a module that is called twic
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -455,25 +456,21 @@ def _unfold(
     """The windows of a convolution, [N, C * kernel, positions]; one position for each element of `out`."""
     if all(size == 1 for size in kernel) and all(s == 1 for s in stride) and not any(padding):
         return x.flatten(2)
-    if len(kernel) == 2:
-        found = torch.nn.functional.unfold(x, kernel, tuple(dilation), tuple(padding), tuple(stride))
-        # A transposed convolution with output padding has positions that no window begins at.
-        if found.shape[2] == out[0] * out[1]:
-            return found
     pads: list[int] = []
     for p in reversed(list(padding)):
         pads += [int(p), int(p)]
-    padded = torch.nn.functional.pad(x, pads) if any(pads) else x.contiguous()
+    padded = torch.nn.functional.pad(x, pads) if any(pads) else x
     n, c = padded.shape[:2]
-    strides = padded.stride()
-    shape = [n, c, *kernel, *out]
-    steps = [strides[0], strides[1]]
-    steps += [strides[2 + d] * int(dilation[d]) for d in range(len(kernel))]
-    steps += [strides[2 + d] * int(stride[d]) for d in range(len(kernel))]
-    positions = 1
-    for size in out:
-        positions *= size
-    return padded.as_strided(shape, steps).reshape(n, -1, positions)
+    offsets = list(itertools.product(*(range(size) for size in kernel)))
+    # One copy for each offset in the kernel is faster than torch's unfold, and works in any number of dims.
+    windows = padded.new_empty(n, c, len(offsets), *out)
+    for index, offset in enumerate(offsets):
+        places = [
+            slice(o * int(d), o * int(d) + (size - 1) * int(s) + 1, int(s))
+            for o, d, s, size in zip(offset, dilation, stride, out, strict=True)
+        ]
+        windows[:, :, index] = padded[(slice(None), slice(None), *places)]
+    return windows.flatten(3).flatten(1, 2)
 
 
 _RULES: dict[tuple[str, int], Rule] = {
