@@ -166,7 +166,7 @@ DASHES = {"fp32": "", "bf16-master": "7 5", "bf16-kahan": "2 5", "bf16-stochasti
 
 def plot(setting: str, arms: dict[str, Any]) -> str:
     """Draw the losses of one setting over its epochs."""
-    width, height, left, top, right, bottom = 640, 360, 52, 34, 150, 44
+    width, height, left, top, right, bottom = 680, 360, 52, 34, 190, 44
     epochs = len(arms["fp32"]["curve"])
     low, high = 1.7, 2.4
 
