@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -103,11 +102,11 @@ def _norms(flat: Tensor) -> Tensor:
     """Euclidean norms of rows whose derivatives are zero where a row is."""
     # A norm is homogeneous: dividing by a constant first changes neither its value nor its derivatives.
     with torch.no_grad():
-        scale = torch.linalg.vector_norm(flat, math.inf, dim=1)
+        scale = flat.abs().amax(1)
         zero = (scale == 0).to(scale.dtype)
         divisor = (scale + zero)[:, None]
     # A row of zeros becomes one of ones, whose norm has all derivatives, and is then multiplied by its scale: zero.
-    return torch.linalg.vector_norm(torch.addcdiv(zero[:, None], flat, divisor), dim=1) * scale
+    return torch.linalg.vector_norm(flat / divisor + zero[:, None], dim=1) * scale
 
 
 def _require(outputs: Tensor, inputs: list[Tensor]) -> None:
