@@ -15,7 +15,8 @@ from torch.nn import Module, Parameter
 from gradctl._errors import UsageError
 from gradctl._freeze import _flags, _modes, _refusals, _rows, _watch
 from gradctl._freeze._layers import Layer
-from gradctl._names._patterns import Pattern, named_modules, named_parameters, select, unwrapped
+from gradctl._names._modules import own_attributes
+from gradctl._names._patterns import Pattern, named_modules, parameters_of, select, unwrapped
 
 F = TypeVar("F", bound=Callable[..., Any])
 DropoutMode = Literal["keep", "off"]
@@ -47,10 +48,8 @@ class Slot:
 
     def current(self) -> Parameter:
         """Return the parameter that stands there now."""
-        try:
-            return self.module.get_parameter(self.key)
-        except AttributeError:  # a parametrization took it elsewhere
-            return self.parameter
+        found = own_attributes(self.module).get("_parameters", {}).get(self.key)
+        return self.parameter if found is None else found  # a parametrization may have taken it elsewhere
 
 
 class Holding:
@@ -71,13 +70,13 @@ class Holding:
         self._slots: list[Slot] = []
         self._rows: list[Slot] = []
         model = unwrapped(request.model)
-        named = named_parameters(model)
-        chosen, rows = self._checked(model, named)
+        modules = named_modules(model)
+        chosen, rows = self._checked(model, parameters_of(modules))
         self.names = tuple(chosen)
         self.row_texts = tuple(f"{choice.text} of {name}" for name, choice in rows)
         with _watch.lock:
             try:
-                self._take(model, chosen, rows)
+                self._take(model, modules, chosen, rows)
             except BaseException:
                 self._let_go()
                 raise
@@ -115,18 +114,22 @@ class Holding:
                 _refusals.refuse_lbfgs(request.optimizers)
         return chosen, rows
 
-    def _take(self, model: Module, chosen: dict[str, Parameter], rows: list[tuple[str, _rows.Rows]]) -> None:
+    def _take(
+        self,
+        model: Module,
+        modules: Mapping[str, Module],
+        chosen: dict[str, Parameter],
+        rows: list[tuple[str, _rows.Rows]],
+    ) -> None:
         request, layer = self._request, self._layer
-        modules = named_modules(model)
         seen: set[int] = set()
         for name, parameter in chosen.items():
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                self._slots.append(_slot(modules, name, parameter))
+                self._slots.append(_slot(modules, name))
                 _flags.hold(parameter, layer, trains=request.trains, gone=_watch.renew)
-        named = named_parameters(model)
         for name, choice in rows:
-            slot = _slot(modules, name, named[name])
+            slot = _slot(modules, name)
             self._rows.append(slot)
             site = _rows.Site(name, slot.module, slot.key, slot.parameter)
             _rows.hold(slot.parameter, choice, layer, site=site, gone=_watch.renew)
@@ -167,9 +170,9 @@ class Holding:
         _modes.settle()
 
 
-def _slot(modules: Mapping[str, Module], name: str, parameter: Parameter) -> Slot:
+def _slot(modules: Mapping[str, Module], name: str) -> Slot:
     path, _, key = name.rpartition(".")
-    return Slot(name, modules[path], key, parameter)
+    return Slot(name, modules[path], key, modules[path].get_parameter(key))
 
 
 class Freeze:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import Module
 
+from gradctl._names._modules import _children, _own_parameters
+
 _RUNNING = frozenset({"running_mean", "running_var"})  # BatchNorm, SyncBatchNorm, InstanceNorm and those like them
 _POWER_ITERATION = (("_u", "_v"), ("weight_u", "weight_v"))  # both forms of spectral norm move their weight with these
 
@@ -36,10 +38,10 @@ def _look(
     if id(module) in seen:
         return seen[id(module)]
     seen[id(module)] = (True, False)  # for a module that holds itself
-    own = list(module.parameters(recurse=False))
+    own = [parameter for _, parameter in _own_parameters(module)]
     still = not any(parameter.requires_grad for parameter in own)
     has_chosen = any(is_chosen(parameter) for parameter in own)
-    for child in module.children():
+    for _, child in _children(module):
         child_still, child_has = _look(child, is_chosen, seen, part)
         still, has_chosen = still and child_still, has_chosen or child_has
     seen[id(module)] = (still, has_chosen)

@@ -78,8 +78,13 @@ def named_parameters(model: Module) -> dict[str, Parameter]:
 
     Names are those of the model inside of DDP, DataParallel and `torch.compile`.
     """
+    return parameters_of(named_modules(model))
+
+
+def parameters_of(modules: Mapping[str, Module]) -> dict[str, Parameter]:
+    """Return the parameters of what `named_modules` returned."""
     found: dict[str, Any] = {}
-    for path, module in named_modules(model).items():
+    for path, module in modules.items():
         for name, parameter in _own_parameters(module):
             found[f"{path}.{name}" if path else name] = parameter
     return found
