@@ -173,5 +173,6 @@ def tangents(tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Generator[
 
 
 def tangent_of(value: Tensor) -> Tensor | None:
-    """Return the tangent of a value, or None when it has none: it is zero then."""
-    return forward_ad.unpack_dual(value).tangent
+    """Return the tangent of a value without its own history, or None when it has none: it is zero then."""
+    found: Tensor | None = forward_ad.unpack_dual(value).tangent
+    return None if found is None else found.detach()
