@@ -36,12 +36,14 @@ class Buckets:
     def of(self, parameters: Sequence[Tensor]) -> Gradients:
         """Return the gradients of `parameters`, those that exist."""
         found = [parameter.grad for parameter in parameters]
-        missing = tuple([index for index, gradient in enumerate(found) if gradient is None])
+        gradients = [gradient for gradient in found if gradient is not None]
+        owners, missing = parameters, ()
+        if len(gradients) != len(found):
+            missing = tuple([index for index, gradient in enumerate(found) if gradient is None])
+            owners = [owner for owner, gradient in zip(parameters, found, strict=True) if gradient is not None]
         if len(parameters) != len(self._parameters) or not all(map(operator.is_, parameters, self._parameters)):
             self._parameters = list(parameters)
             self._layouts.clear()
-        owners = [parameters[index] for index in range(len(found)) if index not in missing] if missing else parameters
-        gradients = [gradient for gradient in found if gradient is not None]
         key = (missing, gradients[0].dtype if gradients else None)
         layout = self._layouts.get(key)
         if layout is None:
@@ -68,6 +70,7 @@ class Gradients:
         self.tensors = tensors
         self._layout = layout
         self._scratch = scratch
+        self._as_laid_out = False
         if layout.others:
             self._sum_rows(layout.others)
 
@@ -95,6 +98,7 @@ class Gradients:
             self._sum_rows(range(len(self.tensors)))
             self._layout = _layout_of(())  # torch's own way, for this once
             return _norm_one_by_one(self.tensors)
+        self._as_laid_out = True
         if not layout.others:
             return math.sqrt(squares) if squares == squares else math.nan
         rest = _norm_one_by_one([self.tensors[index] for index in layout.others])
@@ -117,12 +121,11 @@ class Gradients:
         """Multiply all gradients by `factor`, in place."""
         layout, rest = self._layout, self.tensors
         kernel = private.find("unscale_kernel")
-        if kernel is not None and layout.small and not isinstance(factor, Tensor):
-            many = [self.tensors[index] for index in layout.small]
-            if not any(tensor.is_sparse for tensor in many):
-                # The loss scaler's kernel is the one that takes a whole list in a single call on a CPU.
-                kernel(many, torch.zeros(()), torch.full((), factor))
-                rest = [self.tensors[index] for index in (*layout.large, *layout.others)]
+        if kernel is not None and self._as_laid_out and layout.small and not isinstance(factor, Tensor):
+            # The loss scaler's kernel is the one that takes a whole list in a single call on a CPU.
+            for members, _, _ in layout.gathered:
+                kernel(list(members(self.tensors)), torch.zeros(()), torch.full((), factor))
+            rest = [self.tensors[index] for index in (*layout.large, *layout.others)]
         multiply = private.find("foreach_mul")
         for tensors in _by_kind(map(_values, rest)):
             one = factor.to(tensors[0].device) if isinstance(factor, Tensor) else factor

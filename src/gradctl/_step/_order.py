@@ -147,7 +147,7 @@ class Order:
         scale = attached.loss_scale
 
         # count: the divisor is the number of items of the whole step, over all microbatches and processes.
-        items = so_far.items if self.count_all is None else self.count_all(so_far.items)
+        items = so_far.items if self.count_all is None else float(self.count_all(so_far.items))
         correction = so_far.divisor / items if items and so_far.divisor else 1.0
         gradients = self._buckets.of(attached.stepped()) if settings.reads or correction != 1.0 else _NONE
 
@@ -200,7 +200,7 @@ class Order:
         result = StepResult(
             skipped=skipped,
             scale=scale,
-            items=items,
+            items=int(items) if items.is_integer() else items,
             microbatches=so_far.microbatches,
             losses=tuple((value, weight / items) for value, weight in so_far.losses),
             norm=norm,

@@ -117,7 +117,6 @@ class Step:
         given = model if isinstance(model, Module) else whole
         self._order = Order(chosen, self._attached, optimizers, given, names)
         self._settings = chosen
-        self._inside = False
         self._removed = False
         self._goodbye = weakref.finalize(self, _left_over, self._order)
 
