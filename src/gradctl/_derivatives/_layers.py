@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradctl._derivatives._graph import walk
-from gradctl._derivatives._split import split
+from gradctl._derivatives._split import softmax_head, split
 from gradctl._derivatives._variables import Variables
 from gradctl._errors import UsageError
 
@@ -165,10 +165,18 @@ class Plan:
         )
 
     def root_of_loss(self, loss: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return columns [k, B, ...] whose squares, weighted, are the Hessian of the loss in each sample's outputs."""
+        """Return columns [k, B, outputs] and weights [k, B]: their outer products add up to the loss's Hessian."""
+        head = softmax_head(loss, [self.outputs])
+        if head is not None:
+            # Above the softmax the loss is linear; with weights u on log p its Hessian is -sum(u) (diag p - p p'),
+            # and the bracket is the sum over c of p_c (e_c - p) (e_c - p)'.
+            (weights,) = torch.autograd.grad(loss, [GradientEdge(head, 0)], retain_graph=True)
+            p = head._saved_result.detach().exp()
+            columns = torch.eye(p.shape[1], dtype=p.dtype, device=p.device).unsqueeze(1) - p
+            return columns, p.T * -weights.sum(1)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss, [self.outputs], create_graph=True)
-        rows, size = gradient.shape[0], gradient[0].numel()
+        size = gradient.shape[1]
         if not gradient.requires_grad:
             return torch.zeros(1, *gradient.shape, dtype=gradient.dtype, device=gradient.device), None
         eye = torch.eye(size, dtype=gradient.dtype, device=gradient.device)
@@ -176,7 +184,11 @@ class Plan:
         (hessian,) = torch.autograd.grad(
             gradient, [self.outputs], units, retain_graph=True, is_grads_batched=True, allow_unused=True
         )
-        values, vectors = torch.linalg.eigh(hessian.detach().reshape(size, rows, size).transpose(0, 1))
+        hessian = hessian.detach()
+        diagonal = hessian.diagonal(dim1=0, dim2=2)  # [B, outputs]
+        if int(torch.count_nonzero(hessian)) == int(torch.count_nonzero(diagonal)):
+            return units, diagonal.T  # a loss of each output alone
+        values, vectors = torch.linalg.eigh(hessian.transpose(0, 1))
         columns = vectors.permute(2, 0, 1).reshape(size, *gradient.shape)
         return columns.contiguous(), values.T.contiguous()
 
