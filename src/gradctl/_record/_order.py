@@ -20,6 +20,7 @@ from gradctl._journal import JournalWriter
 from gradctl._record import _loops, _quiet
 from gradctl._record._faults import Faults
 from gradctl._record._forms import Forms, Group, Op
+from gradctl._record._gradients import are_plain
 from gradctl._record._lanes import Lane, Stretch
 from gradctl._record._marks import Marks, Watched
 from gradctl._record._places import Call, Places
@@ -107,12 +108,14 @@ class Order:
 
     def bad_norm(self, parameters: Any, total: Any) -> None:
         """A norm to clip by is not finite: write it down if only the norm is, because its type has no larger number."""
-        if self._overflows >= _OVERFLOWS or not isinstance(total, Tensor) or not isinstance(parameters, list):
+        if self._overflows >= _OVERFLOWS or type(total) is not Tensor or not isinstance(parameters, list):
             return
         with _quiet.Quiet():
             if total.dtype is not torch.float16:
                 return
             grads = [param.grad for param in parameters if param.grad is not None]
+            if not are_plain(grads):
+                return  # of a sharded gradient this process has a part, and asking for the whole would be a collective
             if not bool(torch.isinf(total)) or not all(bool(torch.isfinite(grad).all()) for grad in grads):
                 return
             exact = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm()
@@ -339,7 +342,7 @@ class Order:
         norm = None
         if isinstance(total_norm, float):
             norm = total_norm
-        elif isinstance(total_norm, Tensor) and total_norm.is_cpu and total_norm.numel() == 1:
+        elif type(total_norm) is Tensor and total_norm.is_cpu and total_norm.numel() == 1:
             with _quiet.Quiet():
                 norm = float(total_norm)
         lane.clip = norm, limit, lane.scale
