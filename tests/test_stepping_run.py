@@ -187,3 +187,35 @@ def test_more_than_eight_optimizers_are_not_watched(tmp_path: Path) -> None:
     assert flight.journal.named("order") == ()
     assert flight.journal.end is not None
     assert flight.journal.end.faults == 0
+
+
+class Alone(torch.Tensor):
+    """A tensor whose numbers only its own code may read, as those of a sharded one are."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Alone:
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} was asked of it")
+
+
+def test_a_norm_of_another_type_is_not_read(tmp_path: Path) -> None:
+    from torch.nn.utils import clip_grad
+
+    with recorded(tmp_path) as flight:
+        model, optimizer = small()
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.mse_loss(model(torch.randn(8, 4)), torch.zeros(8, 1)).backward()
+            with pytest.raises(AssertionError, match="was asked of it"):  # by torch itself, and by nobody before it
+                clip_grad._clip_grads_with_norm_([*model.parameters()], 1.0, Alone(torch.ones(())))
+            optimizer.step()
+    assert flight.journal.end is not None
+    assert flight.journal.end.faults == 0
+    assert flight.journal.named("order")
