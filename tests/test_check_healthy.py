@@ -31,6 +31,7 @@ def test_right_modules_drawn_at_random_give_no_finding(name: str, seed: int) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @settings(max_examples=1000)
 @given(name=st.sampled_from(sorted(CASES)), seed=SEEDS)
 def test_a_thousand_right_modules_give_no_finding(name: str, seed: int) -> None:

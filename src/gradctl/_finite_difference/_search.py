@@ -312,7 +312,7 @@ class _Search:
             if given != "differs" or slope is None:
                 continue
             facts = self._plain(i, self.expected[probe][i], slope.value, error=slope.error, size=self.sizes[probe][i])
-            if self._agrees_beside(i):
+            if self._agrees_beside(i, probe, facts.relative):
                 kinks.append(facts)
                 continue
             facts = replace(facts, constant=ladder.constant and self.lowest is None)
@@ -322,7 +322,7 @@ class _Search:
         for i, (probe, slope, known) in self.unknown.items():
             if i in suspects:
                 continue
-            if self._agrees_beside(i):
+            if self._agrees_beside(i, probe, math.inf):
                 value, error = (slope.value, slope.error) if slope else (math.nan, math.inf)
                 kinks.append(self._plain(i, self.expected[probe][i], value, error=error))
             elif known > _ROUGHLY:
@@ -351,20 +351,30 @@ class _Search:
         numeric = best.value if best is not None and good else math.nan
         return replace(self._plain(i, math.nan, numeric), nonfinite=self.nonfinite[i])
 
-    def _agrees_beside(self, i: int) -> bool:
-        """Say whether the gradient of one tensor is right at points beside this one: there was a kink, and no fault."""
-        answers = [self._answer_at(point, i) for point in self._points_beside()]
+    def _agrees_beside(self, i: int, probe: int, relative: float) -> bool:
+        """Say whether the gradient of one tensor is right at points beside this one: there was a kink, and no fault.
+
+        Args:
+            i: which tensor.
+            probe: the direction in which it was wrong.
+            relative: by how much; what is left of it beside the point is no agreement.
+        """
+        answers = [self._answer_at(point, i, probe, relative) for point in self._points_beside()]
         return "agrees" in answers and "differs" not in answers
 
-    def _answer_at(self, point: Point, i: int) -> Answer:
-        gradient = point.gradients(0)[i]
+    def _answer_at(self, point: Point, i: int, probe: int, relative: float) -> Answer:
+        gradient = point.gradients(probe)[i]
         point.release()
-        direction = point.direction(0, i)
+        direction = point.direction(probe, i)
         expected = 0.0 if gradient is None else float(dot(gradient, direction))
         norm = 0.0 if gradient is None else float(size(gradient, direction))
         if not (math.isfinite(expected) and math.isfinite(norm)):
             return "unknown"
-        return answer(expected, norm, self._ladder(point, 0, [i]), self.steps)[0]
+        given, slope = answer(expected, norm, self._ladder(point, probe, [i]), self.steps)
+        if given == "agrees" and slope is not None:
+            left = abs(expected - slope.value) / max(norm, abs(slope.value), 1e-300)
+            return "agrees" if left <= 0.1 * relative else "differs"
+        return given
 
     def _points_beside(self) -> list[Point]:
         if self.beside is None:

@@ -45,7 +45,7 @@ DOUBLE = Steps(
     quick=1e-8,
     ladder=tuple(10 ** (-2 - i / 2) for i in range(13)),
     noise=1e-8,
-    credible=1e-6,
+    credible=1e-7,
     jitter=1e-4,
 )
 SINGLE = Steps(
