@@ -151,6 +151,17 @@ def test_who_sets_the_mode_itself_wins() -> None:
     assert all(modes(model).values())
 
 
+def test_a_norm_whose_flags_somebody_has_set_since_follows_the_next_train() -> None:
+    model = Net()
+    frozen = gradctl.freeze(model, "encoder")
+    model.requires_grad_(True)
+    model.train()
+    assert model.encoder[1].training
+    frozen.remove()
+    assert all(modes(model).values())
+    assert not any("train" in vars(module) for module in model.modules())
+
+
 def test_a_train_of_the_modules_own_is_called_and_comes_back() -> None:
     calls: list[bool] = []
 

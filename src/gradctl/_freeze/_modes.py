@@ -86,7 +86,9 @@ class Train:
             vars(module)["train"] = self._before
 
     def _write(self, module: Module) -> None:
-        held = self.layer is not None or (self._is_copy and _is_frozen(module))
+        own = [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+        # Not where somebody has set the flags of its parameters since: they train, and so do its statistics.
+        held = not any(own) if self.layer is not None else self._is_copy and bool(own) and not any(own)
         self._written = self.base and not held
         if module.training != self._written:
             module.training = self._written
@@ -103,11 +105,6 @@ class Train:
         module = self._module()
         assert module is not None
         return functools.partial, (type(module).train, module)
-
-
-def _is_frozen(module: Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
 
 
 class _Asker:
