@@ -148,6 +148,9 @@ def test_ggnvp_is_the_jacobian_twice_around_the_hessian_of_the_loss(kind: str, m
             CE(z[:, :2], torch.tensor([0, 1, 1, 1, 0])) + nn.functional.mse_loss(z[:, 2:], torch.ones(5, 1, dtype=F64))
         ),
         lambda z: -nn.functional.log_softmax(z, 1)[:, 0].sum() / 5,
+        lambda z: -nn.functional.log_softmax(z, -1)[:, 0].sum() / 5,
+        lambda z: -nn.functional.log_softmax(z, 0)[0].sum(),
+        lambda z: nn.functional.kl_div(z.log_softmax(1), torch.full((5, 3), 0.2, dtype=F64), reduction="sum"),
     ],
 )
 def test_the_outputs_are_found_for_known_losses(loss: Callable[[Tensor], Tensor]) -> None:

@@ -256,8 +256,8 @@ def _carried(compute: Callable[[], Any], method: str, *, needs: str) -> Any:
         return None
 
 
-def _watched(function: Callable[[], Any], state: Buffers) -> tuple[Any, list[Tensor]]:
-    with state.remembering(), torch.enable_grad(), math_attention(), _Watch() as watch:
+def _watched(function: Callable[[], Any], state: Buffers, *, graph: bool) -> tuple[Any, list[Tensor]]:
+    with state.remembering(), torch.set_grad_enabled(graph), math_attention(), _Watch() as watch:
         found = function()
     if watch.cut:
         raise _NotCarried("a part of the function runs under no_grad, which a tangent would pass")
@@ -268,7 +268,7 @@ def _ggn_dual(
     function: Callable[[], Any], of: Variables, values: Sequence[Tensor], state: Buffers, unused: Unused
 ) -> list[Tensor]:
     with tangents(of.tensors, values):
-        found, entering = _watched(function, state)
+        found, entering = _watched(function, state, graph=True)
         loss, outputs = loss_and_outputs(found, None, own=True)
         edges = split(loss, outputs, of.tensors)
         at = {(each.grad_fn, each.output_nr): each for each in (outputs or entering)}
@@ -322,9 +322,12 @@ def _jvp_forward(
     function: Callable[[], Any], of: Variables, values: Sequence[Tensor], state: Buffers, unused: Unused
 ) -> tuple[Variables, list[Tensor]]:
     with tangents(of.tensors, values):
-        found, _ = _watched(function, state)
+        # Without a graph, unless it must be known what is used: it would cost as much again.
+        found, _ = _watched(function, state, graph=unused == "error")
         to = variables(cast("Wanted", found), called="outputs", needs_grad=False)
-        with_graph(to.tensors, called="output")
-        hold_used(walk(to.tensors, of.tensors), of, unused, what="output")
+        if unused == "error":
+            hold_used(walk(to.tensors, of.tensors), of, unused, what="output")
         moved = [tangent_of(output) for output in to.tensors]
+    if not any(isinstance(each, Tensor) for each in moved):
+        raise _NotCarried("no output moves with the inputs")  # the other method finds out why
     return Variables(tuple(output.detach() for output in to.tensors), to.names, to.form), zeros_for(moved, to.tensors)
