@@ -58,6 +58,15 @@ def test_norms_in_bfloat16_find_the_owner_of_every_row() -> None:
     assert not any(how.startswith("formed") for how in methods.values())
 
 
+def test_norms_under_autocast_are_those_of_the_gradients_there() -> None:
+    model, x, y = build("mlp")
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradctl.per_sample_norms(model, ce, (x, y))
+        expected = norms(gradctl.per_sample_grads(model, ce, (x, y), method="loop"))
+    assert float(((found - expected) / expected).abs().max()) < 5e-3
+
+
 @given(st.integers(1, 5), st.integers(1, 6), st.booleans(), st.booleans())
 @settings(max_examples=20)
 def test_samples_first_or_last_are_told_apart_at_every_size(size: int, steps: int, last: bool, bias: bool) -> None:

@@ -18,6 +18,7 @@ def squared_norms(parts: list[Factors]) -> Tensor:
     Args:
         parts: uses of one weight, by sample: left [B, T, O] or integers [B, T], right [B, T, I].
     """
+    parts = [_wide(part) for part in parts]
     dense = [part for part in parts if part.left.is_floating_point()]
     listed = [part for part in parts if not part.left.is_floating_point()]
     joined = [_join(dense)] if dense else []
@@ -32,7 +33,7 @@ def squared_norms(parts: list[Factors]) -> Tensor:
 def products(parts: list[Factors], direction: Tensor) -> Tensor:
     """The inner product of each sample's gradient with `direction` [O, I], [B]."""
     total: list[Tensor] = []
-    for part in parts:
+    for part in map(_wide, parts):
         if not part.left.is_floating_point():
             total.append((direction[part.left] * part.right).sum((1, 2)))
             continue
@@ -61,6 +62,14 @@ def formed(parts: list[Factors], wide: int) -> Tensor:
         else:
             total.append(torch.bmm(left.transpose(1, 2), right))
     return total[0] if len(total) == 1 else torch.stack(total).sum(0)
+
+
+def _wide(part: Factors) -> Factors:
+    """In float32 at least: squares and sums of half precision would lose two digits of three."""
+    if part.right.element_size() > 2:
+        return part
+    left = part.left.float() if part.left.is_floating_point() else part.left
+    return Factors(left, part.right.float(), part.moving, part.groups)
 
 
 def _join(parts: list[Factors]) -> Factors:

@@ -200,7 +200,7 @@ def squares(
     if read.shares is not None:
         formed = _formed(model, loss_fn, rows, parameters, read, reduction, generators)
         for name, value in formed.items():
-            rows_of = value.flatten(1)
+            rows_of = value.flatten(1).float() if value.element_size() <= 2 else value.flatten(1)
             norms[name] = rows_of.abs().square().sum(1)
             if direction is not None:
                 inner[name] = rows_of @ direction[name].flatten().to(rows_of.dtype)
@@ -240,13 +240,15 @@ def _combined(parts: Parts, direction: Tensor | None, zeros: Tensor) -> tuple[Te
         factors = [part for part in some if isinstance(part, Factors)]
         if dense:
             total = dense[0] if len(dense) == 1 else torch.stack(dense).sum(0)
+            total = total.float() if total.element_size() <= 2 else total
             norm = norm + torch.linalg.vector_norm(total, dim=1).square()
             if direction is not None:
                 inner = inner + total @ direction.flatten().to(total.dtype)
         else:
             norm = norm + squared_norms(factors)
             if direction is not None:
-                inner = inner + products(factors, direction.flatten(1).to(factors[0].right.dtype))
+                wide = torch.promote_types(factors[0].right.dtype, torch.float32)
+                inner = inner + products(factors, direction.flatten(1).to(wide))
     return norm, inner
 
 
