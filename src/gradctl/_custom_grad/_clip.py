@@ -144,7 +144,7 @@ def _shortened(g: Tensor, most: float, kept: int) -> Tensor:
     else:
         size = torch.linalg.vector_norm(wide, dim=tuple(range(kept, g.dim())), keepdim=True)
     # inf - inf and nan - nan are nan, all else is 0: no plausible number comes out of a norm that is none.
-    factor = most / size.clamp(min=most) + (size - size)
+    factor = torch.where(size > most, most / size.clamp(min=most), 1.0) + (size - size)  # x / x is not always 1 here
     return (wide * factor).to(g.dtype)
 
 
