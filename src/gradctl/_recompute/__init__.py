@@ -6,9 +6,25 @@ they need to know of storages and of schemas. `_api` is the public call.
 
 from __future__ import annotations
 
-from gradctl._recompute._api import Recomputed, recompute
-from gradctl._recompute._notes import Made, RegionPlan
+from gradctl._recompute._api import Recomputed, kind_of, recompute
+from gradctl._recompute._notes import Keep, Made, Operation, RegionPlan, Version
 from gradctl._recompute._region import run
-from gradctl._recompute._tape import Tape
+from gradctl._recompute._storage import Codec, Verify
+from gradctl._recompute._tape import Recording, Tape, outer_hooks
 
-__all__ = ["Made", "Recomputed", "RegionPlan", "Tape", "recompute", "run"]
+__all__ = [
+    "Codec",
+    "Keep",
+    "Made",
+    "Operation",
+    "Recomputed",
+    "Recording",
+    "RegionPlan",
+    "Tape",
+    "Verify",
+    "Version",
+    "kind_of",
+    "outer_hooks",
+    "recompute",
+    "run",
+]

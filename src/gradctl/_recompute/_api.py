@@ -63,7 +63,7 @@ class Recompute:
         if not torch.is_grad_enabled():
             return self.function(*args, **kwargs)
         _refuse_transforms()
-        key = _kind_of(args, kwargs)
+        key = kind_of(args, kwargs)
         plan = self._plans.get(key)
         out, tape = _region.run(self.function, args, kwargs, plan=plan, keep=self.keep, verify=self.verify)
         if plan is None:
@@ -213,7 +213,7 @@ def _refuse_transforms() -> None:
         )
 
 
-def _kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def kind_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what calls with the same operations mostly share."""
     modes = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"), torch.get_default_dtype()
     return modes, tuple(_shape_of(value) for value in args), tuple((key, _shape_of(kwargs[key])) for key in kwargs)

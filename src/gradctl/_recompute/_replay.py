@@ -23,7 +23,7 @@ def value(saved: Saved) -> Tensor:
     tape, version = saved.tape, saved.version
     with tape.lock:
         if version.packed is not None:
-            with _no_modes(), torch.no_grad():
+            with tape.quiet(), torch.no_grad():
                 return saved.geometry.view(unpack(version.packed))
         kept = _graph_is_kept()
         if version.at_hand:
@@ -94,7 +94,7 @@ def _replay(tape: Tape, notes: list[Operation], targets: set[int]) -> dict[int, 
     default = torch.get_default_dtype()
     torch.set_default_dtype(tape.default_dtype)
     try:
-        with _no_modes(), torch.enable_grad(), _below_autograd(), _without_autocast():
+        with tape.quiet(), torch.enable_grad(), _below_autograd(), _without_autocast():
             for note in notes:
                 _call(note, env, targets, last)
                 for key in [key for key in env if key not in targets and last.get(key, -1) <= note.index]:

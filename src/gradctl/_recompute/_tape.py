@@ -22,7 +22,8 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ _SMALL = 4096
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
+_no_modes = private.get("no_dispatch_modes")
 _no_dispatch = private.get("no_torch_dispatch")
 
 
@@ -149,9 +151,10 @@ class Tape:
             self.segment += 1
 
     def _writes_known(self, known: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return any(self._known(t) is not None for t in _written(known, args, kwargs))
+        return any(self.known(t) is not None for t in _written(known, args, kwargs))
 
-    def _known(self, tensor: Tensor) -> Version | None:
+    def known(self, tensor: Tensor) -> Version | None:
+        """Return the content of a tensor's storage, if the tape knows it."""
         storage = tensor.untyped_storage()
         found = self._versions.get(storage._cdata)
         return found if found is not None and found.storage() is not None else None
@@ -169,6 +172,21 @@ class Tape:
                 self._hold(found, tensor)
         found.used = True
         return found
+
+    @contextmanager
+    def quiet(self) -> Generator[None]:
+        """Enter the context in which contents are made again: no mode sees it but those that ask to (`sees_replay`)."""
+        with _no_modes() as modes, ExitStack() as stack:
+            for mode in modes or ():
+                if getattr(mode, "sees_replay", False):
+                    stack.enter_context(mode)
+            yield
+
+    def new_version(self, version: Version, tensor: Tensor) -> None:
+        """Called for each content that an operation makes."""
+
+    def noted(self, note: Operation) -> None:
+        """Called for each operation that is noted."""
 
     def _hold(self, version: Version, tensor: Tensor) -> None:
         """Keep what comes from outside; what a region around this one makes is left to it, for it may drop it."""
@@ -199,11 +217,14 @@ class Tape:
         for j, (tensor, before) in enumerate(zip(written, befores, strict=True)):
             made = self._after_write(tensor, before, (at, -2 - j), note)
             changed[tensor.untyped_storage()._cdata] = made
+            if made.operation is note:
+                self.new_version(made, tensor)
             note.writes.append((before, made.key if made.operation is note else None))
             if known.quiet and made.operation is note:
                 self._follow(before, made, tensor)
         self._outputs(out, at, note, changed)
         self.operations.setdefault(self.segment, []).append(note)
+        self.noted(note)
         return out
 
     def _refer(self, value: Any, reads: list[Version]) -> Any:
@@ -216,7 +237,7 @@ class Tape:
         return value
 
     def _is_outside(self, tensor: Tensor) -> bool:
-        found = self._known(tensor)
+        found = self.known(tensor)
         return found is None or found.operation is None
 
     def _before_write(self, tensor: Tensor) -> Version:
@@ -244,7 +265,7 @@ class Tape:
     def _pass(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Iterable[Tensor]) -> Any:
         """Call an operation that is not noted; what it writes comes from outside from now on."""
         for tensor in written:
-            version = self._known(tensor)
+            version = self.known(tensor)
             if version is not None:
                 version.keep_copy(tensor.untyped_storage())
         out = function(*args, **kwargs)
@@ -277,6 +298,7 @@ class Tape:
                 continue
             made = self._versions[key] = Version(tensor, storage, (at, j), note)
             made.segment = self.segment
+            self.new_version(made, tensor)
             if note is not None:
                 note.makes.append((made.key, geometry(tensor)))
 
@@ -286,7 +308,7 @@ class Tape:
         """Take a tensor that autograd saves: keep, pack or drop it."""
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             return Kept(tensor, self.outer)
-        version = self._known(tensor)
+        version = self.known(tensor)
         if version is None or version.maker is None or not self._is_dropped(version, tensor):
             return Kept(tensor, self.outer)
         where = geometry(tensor)

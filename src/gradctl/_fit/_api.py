@@ -1,0 +1,355 @@
+"""`gradctl.fit`: measure a step, choose, apply, and look whether the budget holds."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from gradctl._errors import BudgetTooSmall, UsageError
+from gradctl._fit._layout import Layout
+from gradctl._fit._ledger import Ledger
+from gradctl._fit._plan import Plan, Region, in_words, parameters_of
+from gradctl._fit._profile import OTHER, Profile, profile
+from gradctl._fit._segments import segment_modules
+from gradctl._fit._solve import Chosen, Costs, Frontiers, choose, frontiers, has_solver, least
+from gradctl._policy import parse_size
+from gradctl._recompute import Codec, RegionPlan, Verify
+
+Lever = Literal["pack", "replay"]
+LEVERS: Final[tuple[Lever, ...]] = ("pack", "replay")
+_CORRECTIONS: Final = 3
+_FEWEST_SEGMENTS: Final = 2
+_CURVE: Final = 6
+
+
+def fit(
+    model: Module,
+    step: Callable[[], Tensor],
+    *,
+    memory: str | int | float,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    time_limit: float = 5.0,
+    levers: Sequence[Lever] = LEVERS,
+    verify: Verify = "full",
+    prove_steps: int = 0,
+) -> Plan:
+    """Choose what backward remembers so that one training step stays within a byte budget, and put it to work.
+
+    The step is run while it keeps as little as it can, so that a model that does not fit can be measured. What its
+    forward computes is then a graph of operations with bytes and times; integer programs choose what to keep, what to
+    pack and what to make again, for the least time. The choice is applied to the model and a step is measured under it;
+    if that is above the budget it is chosen anew. Gradients and buffers stay bitwise those of the plain step. Model,
+    optimizers and random state are left as they were found: a copy of them is held meanwhile.
+
+    Args:
+        model: the model; its `forward` is wrapped until `plan.undo()`.
+        step: runs one whole training step (forward, backward and, if it is there, the optimizer's step) and returns the
+            loss, shape []. It is run two or three times, and must not rely on running once.
+        memory: the budget in bytes on the model's device ("8GiB", "512MiB", a number): the peak of what is allocated
+            over the step, with weights, gradients, optimizer state and inputs.
+        optimizer: the optimizer or optimizers that `step` uses; found by itself where it holds the model's parameters.
+        time_limit: seconds for solving.
+        levers: what may be done: "pack" (masks as bits, pooling indices as int16), "replay" (make results again).
+        verify: what of a dropped result is compared with what is made again: "full", "sample" or "off".
+        prove_steps: compare the gradients of so many steps with those of the plain model, bitwise, before the plan is
+            kept. The plain step must fit for that.
+
+    Returns:
+        The plan, applied.
+
+    Raises:
+        BudgetTooSmall: no choice stays within the budget; `.smallest` is the smallest budget that works.
+        UsageError: the budget is no size, the step returns no loss, or the model is never called in it.
+    """
+    budget = parse_size(memory)
+    if budget <= 0:
+        raise UsageError(f"memory={memory!r} is no budget", what="a budget is above zero", fix='memory="8GiB"')
+    for lever in levers:
+        if lever not in LEVERS:
+            raise UsageError(f"{lever!r} is no lever", what=f"levers are {', '.join(LEVERS)}", fix="leave it out")
+    optimizers = _optimizers(model, optimizer)
+    known = _known(model, optimizers)
+    with restored(model, optimizers):
+        seen = profile(model, step, segment_modules(model), known)
+    _check(seen, model)
+    planner = _Planner(model, seen, levers, verify, time_limit)
+    plan = planner.plan(budget)
+    plan = _measured(model, step, optimizers, known, planner, plan)
+    if prove_steps:
+        _prove(model, step, optimizers, plan, prove_steps)
+    return plan
+
+
+class _Planner:
+    """Everything about one profile that does not depend on the budget."""
+
+    def __init__(
+        self, model: Module, seen: Profile, levers: Sequence[Lever], verify: Verify, time_limit: float
+    ) -> None:
+        self.model = model
+        self.seen = seen
+        self.verify: Verify = verify
+        self.standing = seen.ledger.standing()
+        begin = time.perf_counter()
+        self.candidates: list[tuple[Layout, Frontiers]] = []
+        merge = 1
+        while True:
+            layout = Layout(seen, merge)
+            self.candidates.append((layout, frontiers(layout, Costs(), pack="pack" in levers)))
+            pieces = max(len(call.cuts) for call in seen.calls) / merge
+            if pieces <= _FEWEST_SEGMENTS or time.perf_counter() - begin > time_limit / 2:
+                break
+            merge *= 2
+        if "replay" not in levers:
+            self.candidates = [
+                (layout, [(s, [o for o in options if not o.run] or options[-1:]) for s, options in found])
+                for layout, found in self.candidates[:1]
+            ]
+        self.least, self.smallest = min(
+            ((layout, least(layout, found)) for layout, found in self.candidates), key=lambda pair: pair[1][1]
+        )[1]
+        first, options = self.candidates[0]
+        self.plain_peak = first.peaks([(segment, choice[-1]) for segment, choice in options])[0]
+        self.seconds = sum(seen.ledger.seconds.get(key, 0.0) for key in seen.ledger.seconds if key != "again")
+
+    def plan(self, budget: int, *, aim: int | None = None) -> Plan:
+        """Return the plan for a budget; `aim` is what is solved for, where that is lower."""
+        above = (budget if aim is None else aim) - self.standing
+        if above >= self.plain_peak:
+            return self._made(budget, self.plain_peak, None, [])
+        best: tuple[float, Layout, Chosen] | None = None
+        for layout, found in self.candidates:
+            chosen = choose(layout, found, above)
+            if chosen is not None:
+                seconds = sum(option.seconds for _, option in chosen)
+                if best is None or seconds < best[0]:
+                    best = seconds, layout, chosen
+        if best is None:
+            smallest = self.smallest + self.standing
+            error = BudgetTooSmall(
+                f"no plan stays within {in_words(budget)}",
+                what=f"the smallest budget that works is {in_words(smallest)} ({smallest} bytes); "
+                f"{in_words(self.standing)} of it are weights, gradients, optimizer state and inputs",
+                why="what is left is needed at one moment, whatever is made again",
+                fix=f"memory={smallest}, or a smaller batch",
+            )
+            error.smallest = smallest
+            raise error
+        _, layout, chosen = best
+        return self._made(budget, layout.peaks(chosen)[0], layout, chosen)
+
+    def _made(self, budget: int, peak: int, layout: Layout | None, chosen: Chosen) -> Plan:
+        calls: dict[str, RegionPlan] = {}
+        for call in self.seen.calls:
+            own = [(s, o) for s, o in chosen if s.call is call]
+            if call.kind in calls:
+                continue
+            pack: dict[tuple[int, int], Codec] = {
+                segment.contents[key].maker: codec for segment, option in own for key, (codec, _) in option.pack.items()
+            }
+            calls[call.kind] = RegionPlan(
+                functions=call.functions,
+                note=frozenset(at for _, option in own for at in option.run),
+                drop=frozenset(
+                    segment.contents[key].maker
+                    for segment, option in own
+                    for key in segment.saved
+                    if key not in option.keep and key not in option.pack
+                ),
+                pack=pack,
+                cuts=layout.starts[call.number][1:] if layout is not None else (),
+            )
+        extra = sum(option.seconds for _, option in chosen)
+        regions = tuple(
+            Region(
+                segment.name,
+                segment.full,
+                option.kept_bytes,
+                (len(segment.steps), len(option.run)),
+                option.seconds,
+                "replay" if option.run else "keep",
+            )
+            for segment, option in chosen
+        )
+        remarks = () if has_solver() else ("solved without SciPy, by a greedy search: pip install 'gradctl[fit]'",)
+        return Plan(
+            budget=budget,
+            standing=self.standing,
+            predicted_peak=peak + self.standing,
+            plain_peak=self.plain_peak + self.standing,
+            predicted_slowdown=1 + extra / max(self.seconds, 1e-9),
+            regions=regions,
+            frontier=self._frontier() if chosen else (),
+            calls=tuple(calls.values()),
+            kinds=tuple(calls),
+            model=parameters_of(self.model),
+            verify=self.verify,
+            remarks=remarks,
+        )
+
+    def _frontier(self) -> tuple[tuple[int, float], ...]:
+        found: list[tuple[int, float]] = []
+        for i in range(_CURVE):
+            above = self.smallest + (self.plain_peak - self.smallest) * i // (_CURVE - 1)
+            for layout, options in self.candidates[:1]:
+                chosen = choose(layout, options, above)
+                if chosen is not None:
+                    seconds = sum(option.seconds for _, option in chosen)
+                    found.append((above + self.standing, 1 + seconds / max(self.seconds, 1e-9)))
+        return tuple(found)
+
+
+def _measured(
+    model: Module,
+    step: Callable[[], Tensor],
+    optimizers: list[Optimizer],
+    known: list[Tensor],
+    planner: _Planner,
+    plan: Plan,
+) -> Plan:
+    """Apply a plan and measure a step under it; where that is above the budget, choose anew for less."""
+    aim = plan.budget
+    for _ in range(_CORRECTIONS + 1):
+        plan.apply(model)
+        try:
+            with restored(model, optimizers):
+                peak = peak_of(step, known)
+        except BaseException:
+            plan.undo()
+            raise
+        object.__setattr__(plan, "measured_peak", peak)
+        if peak <= plan.budget or plan.drops_nothing:
+            return plan
+        plan.undo()
+        aim -= peak - plan.budget
+        plan = planner.plan(plan.budget, aim=aim)
+    raise BudgetTooSmall(
+        f"no plan was found that stays within {in_words(plan.budget)}",
+        what=f"the best one measured {in_words(plan.measured_peak or 0)}",
+        fix="a budget that is a few percent larger",
+    )
+
+
+def peak_of(step: Callable[[], Any], known: list[Tensor]) -> int:
+    """Run a step and return the most bytes that were alive in it, those that were there before included."""
+    ledger = Ledger()
+    ledger.where = OTHER
+    ledger.before(known)
+    gc.collect()
+    with ledger:
+        step()
+    return ledger.standing() + max(ledger.curve())
+
+
+def _prove(model: Module, step: Callable[[], Tensor], optimizers: list[Optimizer], plan: Plan, steps: int) -> None:
+    def run() -> list[Tensor]:
+        found: list[Tensor] = []
+        with restored(model, optimizers):
+            for _ in range(steps):
+                step()
+                found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+                found += [b.clone() for b in model.buffers()]
+        return found
+
+    planned = run()
+    plan.undo()
+    plain = run()
+    same = len(planned) == len(plain) and all(map(_bitwise, planned, plain))
+    if not same:
+        raise UsageError(
+            "the plan does not give the plain step's gradients",
+            what="a gradient or buffer differs in its bits; the plan was undone",
+            why="the step itself may differ from run to run: run it twice without a plan and compare",
+            fix="make the step deterministic (seeds, torch.use_deterministic_algorithms), or report it",
+        )
+    plan.apply(model)
+
+
+def _bitwise(one: Tensor, other: Tensor) -> bool:
+    return (
+        (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))) or _same_nan(one, other)
+    )
+
+
+def _same_nan(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True))
+
+
+def _check(seen: Profile, model: Module) -> None:
+    if not isinstance(seen.loss, Tensor) or seen.loss.numel() != 1:
+        raise UsageError(
+            f"the step returned {type(seen.loss).__name__}, not a loss",
+            what="fit() needs the loss, a tensor of one number, to know that the step was one",
+            fix="return loss at the end of the step",
+        )
+    if not seen.calls:
+        raise UsageError(
+            f"the step never called this {type(model).__name__} with gradients on",
+            why="what is fitted is the model's forward",
+            fix="pass the model that the step trains, and run its forward outside of no_grad",
+        )
+
+
+def _optimizers(model: Module, given: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    if given is not None:
+        return [given] if isinstance(given, Optimizer) else list(given)
+    params = {id(p) for p in model.parameters()}
+    return [
+        found
+        for found in gc.get_objects()
+        if issubclass(type(found), Optimizer) and any(id(p) in params for g in found.param_groups for p in g["params"])
+    ]
+
+
+def _known(model: Module, optimizers: list[Optimizer]) -> list[Tensor]:
+    found: list[Tensor] = [*model.parameters(), *model.buffers()]
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    for optimizer in optimizers:
+        found += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return found
+
+
+@contextmanager
+def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
+    """Give parameters, buffers, gradients, optimizer state and random state back as they were, whatever happens."""
+    tensors = [*model.parameters(), *model.buffers()]
+    copies = [tensor.detach().clone() for tensor in tensors]
+    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    states = [
+        {p: {k: (v.clone() if isinstance(v, Tensor) else v) for k, v in state.items()} for p, state in o.state.items()}
+        for o in optimizers
+    ]
+    rates = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
+    random = torch.get_rng_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    on_devices = [torch.cuda.get_rng_state(device) for device in devices]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies, strict=True):
+                if not torch.equal(tensor, copy):
+                    tensor.copy_(copy)
+            for param, grad, copy in grads:
+                if grad is not None and copy is not None and not torch.equal(grad, copy):
+                    grad.copy_(copy)
+                param.grad = grad
+        for optimizer, state, groups in zip(optimizers, states, rates, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.update(before)
+        torch.set_rng_state(random)
+        for device, state in zip(devices, on_devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        for module, training in modes.items():
+            module.training = training
