@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+
+from gradctl import _taps
 
 
 class AsItIs:
@@ -51,7 +54,12 @@ class AsItIs:
     def zero_grad(self) -> None:
         """Drop the gradients of all optimizers."""
         for optimizer in self._optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            if type(optimizer).zero_grad is not _ZERO_GRAD or _taps.zero_grad.is_installed():
+                optimizer.zero_grad(set_to_none=True)
+                continue
+            for group in optimizer.param_groups:  # what torch's own does, less the profiling around it
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing."""
@@ -64,4 +72,5 @@ class AsItIs:
         """There is nothing to take back."""
 
 
+_ZERO_GRAD = Optimizer.zero_grad
 _NOTHING: AbstractContextManager[Any] = contextlib.nullcontext()
