@@ -484,6 +484,20 @@ NAMES: tuple[PrivateName, ...] = (
         "recompute, fit",
         "tensors kept inside a region pass by the saved-tensor hooks around it",
     ),
+    PrivateName(
+        "node_metadata",
+        "torch.autograd.graph:Node._input_metadata",
+        "2.13",
+        "per_sample_grads, per_sample_norms",
+        "views of a weight keep its own shape there; where that is wrong the check at the first call finds it",
+    ),
+    PrivateName(
+        "tensor_hooks",
+        "torch:Tensor._backward_hooks",
+        "2.13",
+        "per_sample_grads",
+        "a gradient hook is not named as the cause when per-sample gradients do not add up",
+    ),
 )
 
 _BY_KEY = {entry.key: entry for entry in NAMES}

@@ -279,10 +279,10 @@ def _explained(
     if reduction == "sum" and mismatch(grads, {n: w * size for n, w in whole.items()}, size, "sum") < limit:
         return told_wrongly("sum", "averages", "mean")
     share = mismatch(grads, whole, size, reduction)
-    if any(value._backward_hooks for value in parameters.values()):
-        hooked = next(name for name, value in parameters.items() if value._backward_hooks)
+    hooked = [name for name, value in parameters.items() if getattr(value, "_backward_hooks", None)]
+    if hooked:
         return NotPerSample(
-            f"{hooked} has a gradient hook",
+            f"{hooked[0]} has a gradient hook",
             what=f"the gradients of the samples miss the gradient of the batch by {share:.0%} of a row",
             why="the hook sees one gradient per batch in training; vmap does not run it, the loop runs it per sample",
             fix="remove the hook for this call",
