@@ -50,6 +50,11 @@ bench: $(VENV)/.bench  ## Run the benchmarks; results go to benchmarks/results
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/explain.py
 	$(BIN)/python benchmarks/explain_peers.py
+	$(BIN)/python benchmarks/freeze.py
+	$(BIN)/python benchmarks/custom_grad.py
+	$(BIN)/python benchmarks/derivatives.py
+	$(BIN)/python benchmarks/check.py
+	$(BIN)/python benchmarks/step.py
 
 docs: $(VENV)/.docs  ## Build the documentation into docs/_build/html
 	$(BIN)/python -m sphinx -W -q -b html docs docs/_build/html
