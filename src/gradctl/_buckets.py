@@ -7,6 +7,7 @@ Gradients are changed in place, by one operation that takes them all, and only i
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Sequence
@@ -20,8 +21,9 @@ from gradctl import _torch_private as private
 
 _SMALL = 1 << 16  # elements: below, one more call costs more than copying
 _GATHERED = 1 << 20  # elements gathered at once, so that the scratch buffer stays within 4 MiB
-_FEW = 4  # fewer are read one by one for what gathering costs
+_FEW = 12  # fewer are read one by one for what gathering costs
 _LAYOUTS_KEPT = 16  # a model with experts has another set of gradients in every step
+_find = functools.cache(private.find)
 _PLAIN = (torch.float32, torch.float64)
 
 
@@ -74,7 +76,6 @@ class Gradients:
         if layout.others:
             self._sum_rows(layout.others)
 
-    @torch.no_grad()
     def norm(self) -> float | Tensor:
         """Return the 2-norm of all gradients taken as one vector, summed in float32 or wider.
 
@@ -120,13 +121,13 @@ class Gradients:
     def multiply(self, factor: float | Tensor) -> None:
         """Multiply all gradients by `factor`, in place."""
         layout, rest = self._layout, self.tensors
-        kernel = private.find("unscale_kernel")
+        kernel = _find("unscale_kernel")
         if kernel is not None and self._as_laid_out and layout.small and not isinstance(factor, Tensor):
             # The loss scaler's kernel is the one that takes a whole list in a single call on a CPU.
             for members, _, _ in layout.gathered:
                 kernel(list(members(self.tensors)), torch.zeros(()), torch.full((), factor))
             rest = [self.tensors[index] for index in (*layout.large, *layout.others)]
-        multiply = private.find("foreach_mul")
+        multiply = _find("foreach_mul")
         for tensors in _by_kind(map(_values, rest)):
             one = factor.to(tensors[0].device) if isinstance(factor, Tensor) else factor
             if multiply is not None:
@@ -213,6 +214,7 @@ def _layout_of(tensors: Sequence[Tensor]) -> _Layout:
     return _Layout(tuple(gathered), dtype, tuple(small), large, others)
 
 
+@torch.no_grad()
 def _norm_one_by_one(tensors: Sequence[Tensor]) -> float | Tensor:
     """Return the norm as torch reads it, with 16-bit gradients summed in float32: squares above 65504 are none."""
     norms: list[Tensor] = []
@@ -228,7 +230,7 @@ def _norm_one_by_one(tensors: Sequence[Tensor]) -> float | Tensor:
 
 def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Sequence[Tensor]:
     """Return the norm of each tensor, all of one device, dtype and class, summed in `dtype`."""
-    foreach = private.find("foreach_norm")
+    foreach = _find("foreach_norm")
     if not tensors or (foreach is not None and type(tensors[0]) is Tensor):
         return foreach(tensors, 2, dtype=dtype) if tensors and foreach is not None else ()
     return [_local(torch.linalg.vector_norm(tensor, dtype=dtype)) for tensor in tensors]
