@@ -328,6 +328,15 @@ def test_operations_without_a_second_derivative_are_refused_by_name(
             gradctl.hvp(loss, [w], [torch.ones(4, 3)])
 
 
+def test_the_wrong_second_derivative_of_weight_norm_is_refused_until_torch_mends_it() -> None:
+    v = torch.randn(3, 4, dtype=F64, requires_grad=True)
+    g = torch.rand(3, 1, dtype=F64, requires_grad=True)
+    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+        torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g))
+    with pytest.raises(gradctl.NoSecondDerivative, match="weight_norm has a wrong second derivative"):
+        gradctl.hvp(lambda: torch._weight_norm(v, g, 0).square().sum(), [v, g], [v.detach(), g.detach()])
+
+
 def test_non_reentrant_checkpoints_are_differentiated_twice() -> None:
     w = torch.randn(4, dtype=F64, requires_grad=True)
     found = gradctl.hvp(
