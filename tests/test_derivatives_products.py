@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.gradcheck import GradcheckError
 from torch.utils.checkpoint import checkpoint
 
 import gradctl
@@ -331,7 +332,7 @@ def test_operations_without_a_second_derivative_are_refused_by_name(
 def test_the_wrong_second_derivative_of_weight_norm_is_refused_until_torch_mends_it() -> None:
     v = torch.randn(3, 4, dtype=F64, requires_grad=True)
     g = torch.rand(3, 1, dtype=F64, requires_grad=True)
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+    with pytest.raises(GradcheckError):
         torch.autograd.gradgradcheck(lambda v, g: torch._weight_norm(v, g, 0), (v, g))
     with pytest.raises(gradctl.NoSecondDerivative, match="weight_norm has a wrong second derivative"):
         gradctl.hvp(lambda: torch._weight_norm(v, g, 0).square().sum(), [v, g], [v.detach(), g.detach()])
