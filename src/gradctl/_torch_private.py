@@ -498,6 +498,62 @@ NAMES: tuple[PrivateName, ...] = (
         "per_sample_grads",
         "a gradient hook is not named as the cause when per-sample gradients do not add up",
     ),
+    PrivateName(
+        "enable_profiler",
+        "torch.autograd:_enable_profiler_legacy",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "disable_profiler",
+        "torch.autograd:_disable_profiler_legacy",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "profiler_config",
+        "torch.autograd:ProfilerConfig",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "profiler_state",
+        "torch.autograd:ProfilerState",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "profiler_experimental",
+        "torch._C._profiler:_ExperimentalConfig",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "fast_record_function",
+        "torch._C._profiler:_RecordFunctionFast",
+        "2.13",
+        "memory, fit",
+        "no memory is measured",
+    ),
+    PrivateName(
+        "current_node",
+        "torch._C:_current_autograd_node",
+        "2.13",
+        "memory",
+        "what backward allocates is not traced to the line of its forward",
+    ),
+    PrivateName(
+        "sequence_number",
+        "torch.autograd:_get_sequence_nr",
+        "2.13",
+        "memory",
+        "what backward allocates is not traced to the line of its forward",
+    ),
 )
 
 _BY_KEY = {entry.key: entry for entry in NAMES}

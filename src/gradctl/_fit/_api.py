@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Literal
@@ -14,6 +15,7 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradctl._errors import BudgetTooSmall, UsageError
+from gradctl._fit._allocator import Allocated
 from gradctl._fit._layout import Layout
 from gradctl._fit._ledger import Ledger
 from gradctl._fit._plan import Plan, Region, in_words, parameters_of
@@ -76,7 +78,10 @@ def fit(
         if lever not in LEVERS:
             raise UsageError(f"{lever!r} is no lever", what=f"levers are {', '.join(LEVERS)}", fix="leave it out")
     optimizers = _optimizers(model, optimizer)
-    known = _known(model, optimizers)
+
+    def known() -> list[Tensor]:
+        return _known(model, optimizers)
+
     with restored(model, optimizers):
         seen = profile(model, step, segment_modules(model), known)
     _check(seen, model)
@@ -211,7 +216,7 @@ def _measured(
     model: Module,
     step: Callable[[], Tensor],
     optimizers: list[Optimizer],
-    known: list[Tensor],
+    known: Callable[[], list[Tensor]],
     planner: _Planner,
     plan: Plan,
 ) -> Plan:
@@ -238,15 +243,23 @@ def _measured(
     )
 
 
-def peak_of(step: Callable[[], Any], known: list[Tensor]) -> int:
-    """Run a step and return the most bytes that were alive in it, those that were there before included."""
+def peak_of(step: Callable[[], Any], known: Callable[[], list[Tensor]]) -> int:
+    """Run a step and return the most bytes that were alive in it, those that were there before included.
+
+    Args:
+        step: runs it.
+        known: returns the tensors that are there; a function, because a list of them would keep what the step frees.
+
+    Returns:
+        The allocator's peak above the beginning, and what the ledger knows to have been there.
+    """
     ledger = Ledger()
     ledger.where = OTHER
-    ledger.before(known)
+    ledger.before(known())
     gc.collect()
-    with ledger:
+    with Allocated(known()) as seen, ledger:
         step()
-    return ledger.standing() + max(ledger.curve())
+    return ledger.standing() + seen.peak()
 
 
 def _prove(model: Module, step: Callable[[], Tensor], optimizers: list[Optimizer], plan: Plan, steps: int) -> None:
@@ -274,8 +287,8 @@ def _prove(model: Module, step: Callable[[], Tensor], optimizers: list[Optimizer
 
 
 def _bitwise(one: Tensor, other: Tensor) -> bool:
-    return (
-        (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))) or _same_nan(one, other)
+    return (one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))) or _same_nan(
+        one, other
     )
 
 
@@ -322,7 +335,11 @@ def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
     """Give parameters, buffers, gradients, optimizer state and random state back as they were, whatever happens."""
     tensors = [*model.parameters(), *model.buffers()]
     copies = [tensor.detach().clone() for tensor in tensors]
-    grads = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
+    # Weakly: a step that clears gradients frees them, and is measured as it is.
+    grads = [
+        (p, None if p.grad is None else weakref.ref(p.grad), None if p.grad is None else p.grad.detach().clone())
+        for p in model.parameters()
+    ]
     states = [
         {p: {k: (v.clone() if isinstance(v, Tensor) else v) for k, v in state.items()} for p, state in o.state.items()}
         for o in optimizers
@@ -339,10 +356,11 @@ def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
             for tensor, copy in zip(tensors, copies, strict=True):
                 if not torch.equal(tensor, copy):
                     tensor.copy_(copy)
-            for param, grad, copy in grads:
+            for param, reference, copy in grads:
+                grad = None if reference is None else reference()
                 if grad is not None and copy is not None and not torch.equal(grad, copy):
                     grad.copy_(copy)
-                param.grad = grad
+                param.grad = copy if grad is None else grad
         for optimizer, state, groups in zip(optimizers, states, rates, strict=True):
             optimizer.state.clear()
             optimizer.state.update(state)

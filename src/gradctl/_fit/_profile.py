@@ -228,21 +228,23 @@ class _ProfilingTape(Tape):
         self.again.clear()
 
 
-def profile(model: Module, step: Callable[[], Any], modules: dict[str, Module], known: list[Tensor]) -> Profile:
+def profile(
+    model: Module, step: Callable[[], Any], modules: dict[str, Module], known: Callable[[], list[Tensor]]
+) -> Profile:
     """Run a step once, keeping as little as it can.
 
     Args:
         model: whose forward is taped; left as it was.
         step: runs forward, backward and whatever else belongs to a step.
         modules: where the model is cut.
-        known: tensors that are there before the step.
+        known: returns the tensors that are there before the step.
 
     Returns:
         What it did.
     """
     ledger = Ledger()
     ledger.where = OTHER
-    ledger.before(known)
+    ledger.before(known())
     calls: list[Call] = []
     tapes: list[_ProfilingTape] = []
     gc.collect()
