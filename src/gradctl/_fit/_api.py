@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 import weakref
@@ -341,7 +342,10 @@ def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
         for p in model.parameters()
     ]
     states = [
-        {p: {k: (v.clone() if isinstance(v, Tensor) else v) for k, v in state.items()} for p, state in o.state.items()}
+        {
+            p: {k: (v, v.detach().clone() if isinstance(v, Tensor) else copy.deepcopy(v)) for k, v in state.items()}
+            for p, state in o.state.items()
+        }
         for o in optimizers
     ]
     rates = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
@@ -353,17 +357,18 @@ def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
         yield
     finally:
         with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                if not torch.equal(tensor, copy):
-                    tensor.copy_(copy)
-            for param, reference, copy in grads:
+            for tensor, was in zip(tensors, copies, strict=True):
+                if not torch.equal(tensor, was):
+                    tensor.copy_(was)
+            for param, reference, was in grads:
                 grad = None if reference is None else reference()
-                if grad is not None and copy is not None and not torch.equal(grad, copy):
-                    grad.copy_(copy)
-                param.grad = copy if grad is None else grad
+                if grad is not None and was is not None and not torch.equal(grad, was):
+                    grad.copy_(was)
+                param.grad = was if grad is None else grad
         for optimizer, state, groups in zip(optimizers, states, rates, strict=True):
             optimizer.state.clear()
-            optimizer.state.update(state)
+            for param, values in state.items():
+                optimizer.state[param] = {k: _given_back(value, was) for k, (value, was) in values.items()}
             for group, before in zip(optimizer.param_groups, groups, strict=True):
                 group.update(before)
         torch.set_rng_state(random)
@@ -371,3 +376,13 @@ def restored(model: Module, optimizers: list[Optimizer]) -> Generator[None]:
             torch.cuda.set_rng_state(state, device)
         for module, training in modes.items():
             module.training = training
+
+
+def _given_back(value: Any, was: Any) -> Any:
+    """Return a value of an optimizer's state with the content that it had: the same tensor, for others may hold it."""
+    if not isinstance(value, Tensor):
+        return was
+    with torch.no_grad():
+        if not torch.equal(value, was):
+            value.copy_(was)
+    return value
