@@ -137,7 +137,7 @@ ARMS: dict[str, tuple[Callable[[str], Callable[[], object]], str]] = {
     "loop": (loop, "loop"),
     "loop again (A/A)": (loop, "loop"),
     "Step": (ours, "loop"),
-    'Step(on_nonfinite="continue")': (lambda kind: ours(kind, on_nonfinite="continue"), "loop"),
+    'Step(on_nonfinite="skip")': (lambda kind: ours(kind, on_nonfinite="skip"), "loop"),
     "loop, clipped": (lambda kind: loop(kind, 0.01), "loop, clipped"),
     "Step(clip=0.01)": (lambda kind: ours(kind, 0.01), "loop, clipped"),
     'Step(precision="bf16-autocast")': (lambda kind: ours(kind, precision="bf16-autocast"), "loop"),
@@ -145,7 +145,6 @@ ARMS: dict[str, tuple[Callable[[str], Callable[[], object]], str]] = {
 }
 STEP_BARS = {
     "Step": STEP_BAR,
-    'Step(on_nonfinite="continue")': STEP_BAR,
     "Step(clip=0.01)": CLIP_STEP_BAR,
 }
 

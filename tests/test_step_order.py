@@ -114,7 +114,7 @@ def test_a_bad_gradient_skips_optimizer_schedule_and_average(bad: float, clip: A
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     average = torch.optim.swa_utils.AveragedModel(model)
-    step = gradctl.Step(model, optimizer, scheduler=scheduler, average=average, clip=clip)
+    step = gradctl.Step(model, optimizer, scheduler=scheduler, average=average, clip=clip, on_nonfinite="skip")
     assert step([torch.tensor([bad, 1.0])], model).skipped
     assert same(weights(model), [torch.ones(2)])
     assert (scheduler.last_epoch, int(average.n_averaged), len(optimizer.state)) == (0, 0, 0)
@@ -149,9 +149,17 @@ def test_a_norm_that_overflows_float32_is_no_bad_gradient() -> None:
     torch.testing.assert_close(1 - model.weight.detach(), torch.tensor([0.6, 0.8]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("options", "skipped"), [({}, False), ({"clip": 1.0}, True), ({"clip": math.inf}, True)])
+def test_unasked_a_bad_gradient_is_looked_for_where_a_norm_is_measured(options: Any, skipped: bool) -> None:
+    model = Loud()
+    step = gradctl.Step(model, torch.optim.SGD(model.parameters(), lr=1.0), **options)
+    assert step([torch.tensor([math.nan, 1.0])], model).skipped is skipped
+    assert bool(torch.isfinite(model.weight).all()) is skipped  # as a plain loop would
+
+
 def test_fifty_skips_in_a_row_are_an_error() -> None:
     model = Loud()
-    step = gradctl.Step(model, torch.optim.SGD(model.parameters(), lr=1.0))
+    step = gradctl.Step(model, torch.optim.SGD(model.parameters(), lr=1.0), on_nonfinite="skip")
     for _ in range(49):
         assert step([torch.tensor([math.nan, 1.0])], model).skipped
     with pytest.raises(gradctl.NonFiniteGradient, match="50 steps in a row were skipped"):

@@ -69,6 +69,7 @@ def settings(
     average: Any,
     update: Any,
     optimizers: Sequence[Any],
+    scaled: bool,
 ) -> Settings:
     """Check and return what was asked for.
 
@@ -82,9 +83,12 @@ def settings(
             f"items={items!r}", what='"rows", "tokens", a function of a microbatch, or None: as the loss says'
         )
     _one_of("loss", loss, ("mean", "sum"))
-    _one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "continue"))
+    if on_nonfinite is not None:
+        _one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "continue"))
     _one_of("update", update, ("after-backward", "in-backward"))
     norm, value = _clip(clip)
+    if on_nonfinite is None:  # looking costs a norm: it is done where one is measured anyway
+        on_nonfinite = "skip" if norm is not None or scaled else "continue"
     if value is not None:
         for each in optimizers:
             if any(parameter.is_complex() for group in each.param_groups for parameter in group["params"]):

@@ -62,7 +62,9 @@ class Step:
             loss itself says that it was divided by, where its last operation is a mean, `mse_loss`, `nll_loss`,
             `cross_entropy` or the like.
         loss: whether a loss is the mean or the sum over its microbatch.
-        on_nonfinite: what a NaN or inf gradient does: "skip" the step, "raise", or "continue" with it.
+        on_nonfinite: what a NaN or inf gradient does: "skip" the step, "raise" (names the parameter), or "continue" with
+            it, as a plain loop does. Looking costs a gradient norm; None looks, and skips, where one is measured anyway:
+            with a norm to clip by or a loss scale.
         average: a `torch.optim.swa_utils.AveragedModel`, or a function of the model; called after steps that were not
             skipped.
         update: "in-backward" updates each parameter as soon as its gradient is there, and drops the gradient.
@@ -83,12 +85,14 @@ class Step:
         scheduler: Any = None,
         items: Items | None = None,
         loss: Reduction = "mean",
-        on_nonfinite: OnNonFinite = "skip",
+        on_nonfinite: OnNonFinite | None = None,
         average: Average | Any = None,
         update: Update = "after-backward",
     ) -> None:
         whole = one_model(model)
         optimizers = all_optimizers(optimizer, whole)
+        described = _precision(precision)
+        scaled = described is not None and described.scaling is not None
         chosen = settings(
             accumulate=accumulate,
             items=items,
@@ -99,9 +103,9 @@ class Step:
             average=average,
             update=update,
             optimizers=optimizers,
+            scaled=scaled,
         )
-        described = _precision(precision)
-        if described is not None and described.scaling is not None and on_nonfinite != "skip":
+        if described is not None and scaled and on_nonfinite not in (None, "skip"):
             raise UsageError(
                 f'precision="{described.mode}" with on_nonfinite="{on_nonfinite}"',
                 what="a loss scale finds its size by steps that overflow and are skipped",
