@@ -5,11 +5,16 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradctl._fit._allocator import mark
+
+OPERATION: Final = "operation "
+"""What the allocator's mark of an operation begins with."""
 
 
 class Entry:
@@ -51,6 +56,8 @@ class Ledger(TorchDispatchMode):
         events: `(bytes, entry)` of each birth and, negative, of each death, in order.
         where: what runs now; the owner sets it.
         seconds: by `where`, the time of the operations that ran there.
+        operations: for each operation `where` it ran, and the number of events after it; the allocator is given a mark
+            with its number, so that what it had to give out meanwhile can be told.
     """
 
     sees_replay = True
@@ -62,6 +69,7 @@ class Ledger(TorchDispatchMode):
         self.marks: list[tuple[int, Any]] = []
         self.where: Any = None
         self.seconds: dict[Any, float] = {}
+        self.operations: list[tuple[Any, int]] = []
         self._live: dict[int, tuple[weakref.ref[UntypedStorage], Entry]] = {}
 
     def before(self, tensors: Iterable[Tensor]) -> None:
@@ -94,6 +102,8 @@ class Ledger(TorchDispatchMode):
         for value in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(value, Tensor):
                 self._output(value, func)
+        mark(f"{OPERATION}{len(self.operations)}")
+        self.operations.append((self.where, len(self.events)))
         return out
 
     def _input(self, tensor: Tensor) -> None:
@@ -111,20 +121,24 @@ class Ledger(TorchDispatchMode):
         found = self._live.get(storage._cdata)
         if found is None or found[0]() is None:
             entry = self._add(storage, tensor, len(self.events) + 1, operation)
-            self.events.append((entry.nbytes, entry))
+            self.happened(entry.nbytes, entry)
+
+    def happened(self, change: int, entry: Entry) -> None:
+        """Note an event; one that is to be heard of is heard of here."""
+        self.events.append((change, entry))
 
     def _add(self, storage: UntypedStorage, tensor: Tensor, born: int, operation: Any) -> Entry:
         entry = Entry(len(self.entries), storage, tensor, born, self.where, operation)
         self.entries.append(entry)
         key = storage._cdata
-        live, events = self._live, self.events
+        live, events, happened = self._live, self.events, self.happened
 
         def gone(reference: weakref.ref[UntypedStorage]) -> None:
             found = live.get(key)
             if found is not None and found[0] is reference:
                 del live[key]
             entry.died = len(events) + 1
-            events.append((-entry.nbytes, entry))
+            happened(-entry.nbytes, entry)
 
         live[key] = weakref.ref(storage, gone), entry
         return entry

@@ -8,8 +8,11 @@ enters the forward of one step; it is used only when asked for.
 
 from __future__ import annotations
 
-from gradctl._saved._lines import LineWatch, arm_lines
-from gradctl._saved._storage import SavedBytes, SavedRow, storage_keys
-from gradctl._saved._walk import leaves, walk
+from gradctl._saved._lines import LineWatch, Places, arm_lines
+from gradctl._saved._storage import SavedBytes, SavedRow, Tally, storage_keys
+from gradctl._saved._walk import Graph, leaves, saved_values, walk
 
-__all__ = ["LineWatch", "SavedBytes", "SavedRow", "arm_lines", "leaves", "storage_keys", "walk"]
+__all__ = [
+    "Graph", "LineWatch", "Places", "SavedBytes", "SavedRow", "Tally", "arm_lines", "leaves", "saved_values",
+    "storage_keys", "walk",
+]  # fmt: skip

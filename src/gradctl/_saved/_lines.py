@@ -41,17 +41,16 @@ class LineWatch:
     backward. `torch.func` needs the hooks gone: they step aside for it, and `cut_short` says so.
     """
 
-    def __init__(self, exclude: Collection[int], modules: Mapping[int, str]) -> None:
+    def __init__(self, tally: Tally, modules: Mapping[int, str]) -> None:
         self.cut_short = False
-        self._tally = Tally(exclude)
-        self._modules = modules
+        self._tally = tally
+        self._places = Places(modules)
         self._thread = threading.get_ident()
         self._watching = True
         self._pushed = False
         self._handle: Any = None
         self._seconds = 0.0
         self._fault: str | None = None
-        self._script = _script_folder()
         # One object each: the top of torch's stack is compared with what was pushed.
         self._pack_hook: Callable[[Tensor], Any] = self._pack
         self._unpack_hook: Callable[[Any], Tensor] = _unpack
@@ -111,20 +110,33 @@ class LineWatch:
 
     def _pack(self, tensor: Tensor) -> Any:
         begin = time.perf_counter()
+        token: Any = None
         if self._watching:
             try:
                 with torch._C.DisableTorchFunctionSubclass():
-                    self._tally.add(tensor, *self._place(sys._getframe(1)))
+                    token = self._tally.add(tensor, *self._places.at(sys._getframe(1)))
             except Exception as error:
                 self._fault = self._fault or f"{type(error).__name__}: {error}"
         # An output of the node that saves it would hold that node, and the node would hold it, for ever.
         kept = tensor.detach() if tensor.grad_fn is not None else tensor
         version = None if tensor.is_inference() else tensor._version
         self._seconds += time.perf_counter() - begin
-        return kept, version
+        return kept, version, token
 
-    def _place(self, frame: FrameType | None) -> tuple[str, str | None]:
-        """Innermost line outside torch, and FQN of the innermost module that is being called."""
+
+class Places:
+    """Tells of a stack which line and which module it is in.
+
+    Args:
+        modules: FQN of each module by `id`; looked at anew each time.
+    """
+
+    def __init__(self, modules: Mapping[int, str]) -> None:
+        self._modules = modules
+        self._script = _script_folder()
+
+    def at(self, frame: FrameType | None) -> tuple[str, str | None]:
+        """Return the innermost line outside torch, and the FQN of the innermost module that is being called."""
         where: str | None = None
         module: str | None = None
         for _ in range(_FRAMES):
@@ -151,6 +163,7 @@ def arm_lines(
     *,
     modules: Mapping[int, str] | None = None,
     hooks_disabled: Tap | None = None,
+    tally: Tally | None = None,
 ) -> LineWatch | None:
     """Count what this thread saves for backward by source line, from now until `disarm`.
 
@@ -159,18 +172,19 @@ def arm_lines(
         modules: FQN of each module by `id` (`NameBook.modules`).
         hooks_disabled: where torch switches such hooks off (`_taps.saved_hooks_disabled`); without it `torch.func`
             fails while armed.
+        tally: what counts instead of a plain one; what its `add` returns lives as long as the saved value.
     Returns:
         The watch; None if the program uses such hooks itself just now, or has switched them off.
     """
     if private.get("top_saved_hooks")(True) is not None or not private.get("saved_hooks_enabled")():
         return None
-    watch = LineWatch(exclude_storages, modules or {})
+    watch = LineWatch(Tally(exclude_storages) if tally is None else tally, {} if modules is None else modules)
     watch._push(hooks_disabled)
     return watch
 
 
 def _unpack(packed: Any) -> Tensor:
-    tensor, version = packed
+    tensor, version, _ = packed
     if version is not None and tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: "

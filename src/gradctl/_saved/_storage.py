@@ -132,8 +132,8 @@ class Tally:
         self.count = 0
         self.unread = 0
 
-    def add(self, tensor: Any, where: str, module: str | None) -> None:
-        """Count one saved value."""
+    def add(self, tensor: Any, where: str, module: str | None) -> Any:
+        """Count one saved value; what is returned is kept as long as it is."""
         try:
             found = pieces(tensor)
         except (NotImplementedError, RuntimeError, AttributeError):

@@ -48,7 +48,7 @@ def walk(
     """
     begin = time.perf_counter()
     tally = Tally(exclude_storages)
-    graph = _Graph()
+    graph = Graph()
     packed, fault = 0, None
     try:
         with torch._C.DisableTorchFunctionSubclass():
@@ -58,7 +58,7 @@ def walk(
                 where = graph.kind(index)
                 if where.startswith(_OPAQUE):
                     tally.unread += 1
-                for value in _saved_values(node):
+                for value in saved_values(node):
                     tensors = list(_tensors_in(value))
                     packed += not tensors
                     for tensor in tensors:
@@ -87,7 +87,7 @@ def leaves(root: Any, *, nodes: int = _NODES) -> list[Tensor]:
         root: a `grad_fn`, a tensor, or a list of tensors.
         nodes: most nodes to visit; leaves beyond them, the farthest from `root`, are left out.
     """
-    graph = _Graph()
+    graph = Graph()
     found: dict[int, Tensor] = {}
     with torch._C.DisableTorchFunctionSubclass():
         graph.read(root, nodes, None)
@@ -96,7 +96,7 @@ def leaves(root: Any, *, nodes: int = _NODES) -> list[Tensor]:
     return list(found.values())[::-1]
 
 
-class _Graph:
+class Graph:
     """Nodes in breadth-first order from the root, with the indexes of what each leads to."""
 
     def __init__(self) -> None:
@@ -106,6 +106,7 @@ class _Graph:
         self.complete = True
 
     def read(self, root: Any, limit: int, end: float | None) -> None:
+        """Add what is below `root`, up to so many nodes, or to a time of `perf_counter`."""
         indexes: dict[Any, int] = {}
         for node in self._starts(root):
             if node not in indexes:
@@ -131,6 +132,7 @@ class _Graph:
             position += 1
 
     def kind(self, index: int) -> str:
+        """Return the operation of a node."""
         return str(self.nodes[index].name())
 
     def _starts(self, root: Any) -> Iterator[Any]:
@@ -147,7 +149,7 @@ class _Graph:
             yield root
 
 
-def _saved_values(node: Any) -> Iterator[Any]:
+def saved_values(node: Any) -> Iterator[Any]:
     """The saved values of a node as they lie there; a freed node has none."""
     kind: Any = type(node)
     attributes = _saved_attributes.get(kind)
@@ -184,7 +186,7 @@ def _kept_on_context(node: Any) -> Iterator[Any]:
         yield from _tensors_in(value)
 
 
-def _nearest_modules(graph: _Graph, names: Mapping[int, str]) -> list[str | None]:
+def _nearest_modules(graph: Graph, names: Mapping[int, str]) -> list[str | None]:
     """The module of each node: of a parameter that it takes itself, else of the nearest node that it came from."""
     count = len(graph.nodes)
     modules: list[str | None] = [None] * count
@@ -208,7 +210,7 @@ def _nearest_modules(graph: _Graph, names: Mapping[int, str]) -> list[str | None
     return modules
 
 
-def _parameter(graph: _Graph, index: int, names: Mapping[int, str]) -> tuple[int, str] | None:
+def _parameter(graph: Graph, index: int, names: Mapping[int, str]) -> tuple[int, str] | None:
     """The parameter that a node stands for, seen through a cast, a transpose or the like, and how far it is."""
     for distance in range(_CHAIN):
         variable = getattr(graph.nodes[index], "variable", None)
