@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from gradctl._recompute._storage import Codec, Geometry, Packed, alias, copy_of
+from gradctl._recompute._switches import Switches
 
 Maker = tuple[int, int]
 """An operation's position in its region, and which of its outputs (below -1: which argument that it wrote)."""
@@ -104,10 +105,11 @@ class Operation:
         writes: each version that it overwrites, with the key of what it makes of it (None: what lies outside).
         makes: for each output the key of a new version and its geometry, None where it made no storage.
         random: the generator and its state before, None if it draws nothing.
+        switches: how the switches stood that choose its kernel, None where there are none.
         line: file and line of the program that called it.
     """
 
-    __slots__ = ("args", "function", "index", "kwargs", "line", "makes", "random", "reads", "writes")
+    __slots__ = ("args", "function", "index", "kwargs", "line", "makes", "random", "reads", "switches", "writes")
 
     def __init__(self, function: Any, index: int) -> None:
         self.function = function
@@ -118,6 +120,7 @@ class Operation:
         self.writes: list[tuple[Version, int | None]] = []
         self.makes: list[tuple[int, Geometry] | None] = []
         self.random: tuple[torch.Generator, Tensor] | None = None
+        self.switches: Switches | None = None
         self.line: tuple[str, int] | None = None
 
     @property
@@ -135,7 +138,7 @@ class RegionPlan:
 
     Args:
         functions: the operations that it is expected to call, in order.
-        note: positions of those that must be noted.
+        note: positions of those that must be noted, and of those that write what lies outside and is read later.
         drop: makers of saved contents that are made again.
         pack: makers of saved contents that are packed, and how.
         cuts: positions at which a new segment begins.

@@ -24,6 +24,8 @@ _NEVER = frozenset(
 )
 # Outputs with bytes that nobody has written: two calls need not agree in them.
 _UNWRITTEN: dict[Any, tuple[int, ...]] = {_aten.mkldnn_rnn_layer.default: (3,)}
+# Their schemas do not say which arguments they write, and some write them later.
+_WRITES_WHAT_IT_LIKES = frozenset({"c10d"})
 _OURS_TO_REPLAY = ("aten", "prims", "torchvision", "quantized_decomposed")
 
 
@@ -38,6 +40,7 @@ class Signature:
         random: whether it draws random numbers.
         quiet: whether what it writes keeps its version counter, so that autograd reads what is there in backward.
         unwritten: positions of outputs with bytes that mean nothing.
+        chosen: whether switches of the process choose its kernel.
         replayable: whether calling it again with the same arguments gives the same and does nothing else.
     """
 
@@ -47,6 +50,7 @@ class Signature:
     random: bool
     quiet: bool
     unwritten: tuple[int, ...]
+    chosen: bool
     replayable: bool
 
     @property
@@ -61,8 +65,12 @@ def signature(function: Any) -> Signature:
     positions: list[int] = []
     names: list[str] = []
     schema = function._schema
+    if function.namespace in _WRITES_WHAT_IT_LIKES:
+        positions += range(len(schema.arguments))
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
+            if position in positions:
+                continue
             if argument.kwarg_only:
                 names.append(argument.name)
             else:
@@ -71,7 +79,26 @@ def signature(function: Any) -> Signature:
     random = torch.Tag.nondeterministic_seeded in function.tags or function in _ALSO_RANDOM
     replayable = function.namespace in _OURS_TO_REPLAY and schema.name not in _NEVER
     quiet = not schema.name.endswith("_") and not any(a.kwarg_only and a.is_out for a in schema.arguments)
-    return Signature(tuple(positions), tuple(names), hidden, random, quiet, _UNWRITTEN.get(function, ()), replayable)
+    chosen = is_matmul(function) or function in _HIDDEN_WRITES
+    return Signature(
+        tuple(positions), tuple(names), hidden, random, quiet, _UNWRITTEN.get(function, ()), chosen, replayable
+    )
+
+
+@functools.cache
+def drawing_from(function: Any) -> tuple[Any, int] | None:
+    """Return an operation that does the same with a generator of the caller's, and the position of that argument.
+
+    None where there is no such operation: it draws from the generator of the device only.
+    """
+    names = [argument.name for argument in function._schema.arguments]
+    packet = function.overloadpacket
+    for candidate in (function, *(getattr(packet, name) for name in packet.overloads())):
+        given = [argument.name for argument in candidate._schema.arguments]
+        if "generator" in given and [n for n in given if n != "generator"] == [n for n in names if n != "generator"]:
+            position = given.index("generator")
+            return candidate, -1 if candidate._schema.arguments[position].kwarg_only else position
+    return None
 
 
 _MATMUL = frozenset(

@@ -11,7 +11,9 @@ from torch import Tensor, UntypedStorage
 from gradctl import _torch_private as private
 from gradctl._errors import StaleSource
 from gradctl._recompute._notes import Operation, Reference, Version
+from gradctl._recompute._operations import drawing_from
 from gradctl._recompute._storage import copy_of, fingerprint, unpack
+from gradctl._recompute._switches import switched, switches
 from gradctl._recompute._tape import Saved, Tape
 
 _no_modes = private.get("no_dispatch_modes")
@@ -81,7 +83,7 @@ def _make(tape: Tape, wanted: Version, *, kept: bool) -> None:
         if kept:
             tape.pending[version] = set()
     tape.replayed += 1
-    if not kept:
+    if not kept and not tape.running:
         tape.forget(segment)
 
 
@@ -120,13 +122,10 @@ def _call(note: Operation, env: dict[int, UntypedStorage], targets: set[int], la
     args = [_given(argument, storages) for argument in note.args]
     kwargs = {key: _given(argument, storages) for key, argument in note.kwargs.items()}
     if note.random is not None:
-        generator, state = note.random
-        now = generator.get_state()
-        generator.set_state(state)
-        try:
+        out = _draw(note.function, args, kwargs, *note.random)
+    elif note.switches is not None and note.switches != switches():
+        with switched(note.switches):
             out = note.function(*args, **kwargs)
-        finally:
-            generator.set_state(now)
     else:
         out = note.function(*args, **kwargs)
     outputs = out if isinstance(out, (tuple, list)) else (out,)
@@ -136,6 +135,26 @@ def _call(note: Operation, env: dict[int, UntypedStorage], targets: set[int], la
         key, where = made
         assert (tensor.stride(), tensor.size()) == (where.stride, where.size), f"{note} made another layout"
         env[key] = tensor.untyped_storage()
+
+
+def _draw(function: Any, args: list[Any], kwargs: dict[str, Any], generator: torch.Generator, state: Tensor) -> Any:
+    """Call an operation that draws, from a generator of its own: another thread may be drawing from the device's."""
+    found = drawing_from(function)
+    if found is not None:
+        function, position = found
+        own = torch.Generator(generator.device)
+        own.set_state(state)
+        if 0 <= position < len(args):
+            args[position] = own
+        else:
+            kwargs["generator"] = own
+        return function(*args, **kwargs)
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        generator.set_state(now)
 
 
 def _given(argument: Any, storages: dict[int, UntypedStorage]) -> Any:

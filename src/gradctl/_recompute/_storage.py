@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from gradctl import _torch_private as private
 Codec = Literal["bits", "int16"]
 Verify = Literal["full", "sample", "off"]
 _SAMPLES = 256
+_PERIOD = 1021
 
 
 class Geometry(NamedTuple):
@@ -67,24 +69,58 @@ def copy_of(storage: UntypedStorage) -> UntypedStorage:
 def fingerprint(tensor: Tensor, verify: Verify) -> Any:
     """Return a number that differs when the tensor's bits differ, but for a chance of about 2**-64.
 
-    `sample` looks at 256 elements, evenly spread. No mode sees it made.
+    It also sees the same numbers in another order. Changes that are nothing but an even number of flips of the top bits
+    of 64-bit words are seen only where they are among 256 evenly spread words. `sample` looks at 256 elements, evenly
+    spread. No mode sees it made.
     """
     with _no_dispatch(), torch.no_grad():
-        if tensor.numel() == 0:
+        if tensor.numel() == 0 or tensor.is_meta:
             return 0
         if tensor.is_conj() or tensor.is_neg():
             tensor = tensor.resolve_conj().resolve_neg()
         if verify == "sample" and tensor.numel() > _SAMPLES:
-            flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
-            tensor = flat[:: max(1, flat.numel() // _SAMPLES)].contiguous()
+            tensor = _spread(tensor)
         if not tensor.is_contiguous():
             tensor = _in_memory_order(tensor)
         raw = tensor.reshape(-1).view(torch.uint8)
+        if int(raw.storage_offset()) % 8:
+            raw = raw.clone()  # words begin at whole words
         whole = raw.numel() // 8 * 8
         words = raw[:whole].view(torch.int64)
-        total = int(words.sum()) if whole else 0
+        total = int(_hash(words)) if whole else 0
         tail = raw[whole:]
         return total if tail.numel() == 0 else (total, tuple(tail.tolist()))
+
+
+def _hash(words: Tensor) -> Tensor:
+    """Return a weighted sum of words, modulo 2**64, and of some of them with their bits mixed.
+
+    The weights repeat with a prime period, so that rows and blocks that change places change the sum.
+    """
+    weights = _weights(words.device)
+    whole = words.numel() // _PERIOD * _PERIOD
+    total = (words[whole:] * weights[: words.numel() - whole]).sum()
+    if whole:
+        total += (words[:whole].view(-1, _PERIOD).sum(0) * weights).sum()
+    some = words[:: words.numel() // _SAMPLES + 1]
+    # A sum cannot tell two flips of a top bit from none: each adds 2**63.
+    return total + ((some ^ (some >> 29)) * weights[: some.numel()]).sum()
+
+
+@functools.cache
+def _weights(device: torch.device) -> Tensor:
+    odd = torch.randint(-(2**62), 2**62, (_PERIOD,), generator=torch.Generator().manual_seed(1)) * 2 + 1
+    return odd.to(device)
+
+
+def _spread(tensor: Tensor) -> Tensor:
+    """Return evenly spread elements, whatever the strides."""
+    at = torch.arange(_SAMPLES, device=tensor.device) * (tensor.numel() // _SAMPLES)
+    where = torch.full_like(at, int(tensor.storage_offset()))
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        where += at % size * stride
+        at = at // size
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())[where]
 
 
 def _in_memory_order(tensor: Tensor) -> Tensor:

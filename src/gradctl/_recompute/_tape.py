@@ -34,6 +34,7 @@ from gradctl import _torch_private as private
 from gradctl._recompute._notes import Keep, Made, Maker, Operation, Reference, RegionPlan, Version
 from gradctl._recompute._operations import Signature, signature
 from gradctl._recompute._storage import Geometry, Verify, alias, copy_of, fingerprint, geometry, pack
+from gradctl._recompute._switches import switches
 
 _SMALL = 4096
 """Bytes up to which a tensor from outside is copied: step counters and statistics then may change before backward."""
@@ -116,7 +117,10 @@ class Tape:
         self.replayed = 0
         self._cut_at = iter(plan.cuts if plan is not None else ())
         self._next_cut = next(self._cut_at, -1)
+        self.running = True
         self._saved: list[weakref.ref[Saved]] = []
+        self._passed: list[tuple[int, Version]] = []
+        self._watched: frozenset[int] = frozenset()
         self._versions: dict[int, Version] = {}
 
     # -- notes --------------------------------------------------------------------------------------------------------
@@ -200,9 +204,9 @@ class Tape:
         known = signature(function)
         written = _written(known, args, kwargs) if known.writes_something else ()
         if not known.replayable or not _all_plain(args, kwargs):
-            return self._pass(function, args, kwargs, written)
+            return self._pass(function, args, kwargs, written, at)
         if written and all(self._is_outside(t) for t in written) and not known.hidden:
-            return self._pass(function, args, kwargs, written)  # what lies outside is read anew, not written again
+            return self._pass(function, args, kwargs, written, at)  # what lies outside is read anew, not written again
         note = Operation(function, at)
         note.line = _line()
         note.args = tuple(self._refer(value, note.reads) for value in args)
@@ -211,6 +215,8 @@ class Tape:
         if known.random:
             generator = _generator(args, kwargs)
             note.random = (generator, generator.get_state())
+        if known.chosen:
+            note.switches = switches()
         befores = [self._before_write(tensor) for tensor in written]
         out = function(*args, **kwargs)
         changed: dict[int, Version] = {}
@@ -250,6 +256,8 @@ class Tape:
         outside = before.operation is None
         made = Version(tensor, storage) if outside else Version(tensor, storage, maker, note)
         made.mutable = outside
+        if outside:
+            self._passed.append((maker[0], made))
         made.segment = self.segment
         self._versions[storage._cdata] = made
         return made
@@ -262,7 +270,9 @@ class Tape:
                 saved.move(made, tensor)
                 self.dropped.add(made)
 
-    def _pass(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Iterable[Tensor]) -> Any:
+    def _pass(
+        self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Iterable[Tensor], at: int
+    ) -> Any:
         """Call an operation that is not noted; what it writes comes from outside from now on."""
         for tensor in written:
             version = self.known(tensor)
@@ -270,15 +280,16 @@ class Tape:
                 version.keep_copy(tensor.untyped_storage())
         out = function(*args, **kwargs)
         for tensor in written:
-            if type(tensor) in _PLAIN:
+            if _is_plain(tensor):
                 storage = tensor.untyped_storage()
                 made = self._versions[storage._cdata] = Version(tensor, storage)
                 made.mutable = True
+                self._passed.append((at, made))
         return out
 
     def _outputs(self, out: Any, at: int, note: Operation | None, changed: dict[int, Version]) -> None:
         for j, tensor in enumerate(out if isinstance(out, (tuple, list)) else (out,)):
-            if type(tensor) not in _PLAIN:
+            if not _is_plain(tensor):
                 if note is not None:
                     note.makes.append(None)
                 continue
@@ -306,7 +317,7 @@ class Tape:
 
     def pack(self, tensor: Tensor) -> Any:
         """Take a tensor that autograd saves: keep, pack or drop it."""
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        if not _is_plain(tensor):
             return Kept(tensor, self.outer)
         version = self.known(tensor)
         if version is None or version.maker is None or not self._is_dropped(version, tensor):
@@ -382,7 +393,10 @@ class Tape:
                 version.operation = None
             elif version.at_hand:
                 version.operation = None
+        self._watched = frozenset(at for at, version in self._passed if version in read)
+        self.running = False
         self._versions.clear()
+        self._passed.clear()
         self._saved.clear()
 
     def learn(self) -> RegionPlan:
@@ -391,7 +405,7 @@ class Tape:
             return self.plan
         return RegionPlan(
             functions=tuple(self.functions),
-            note=frozenset(note.index for notes in self.operations.values() for note in notes),
+            note=frozenset(note.index for notes in self.operations.values() for note in notes) | self._watched,
             drop=frozenset(version.maker for version in self.dropped if version.maker is not None),
             cuts=tuple(self.cuts),
         )
@@ -442,10 +456,15 @@ def _written(known: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return list(once.values())
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with a storage that operations read and write as they say."""
+    return type(value) in _PLAIN and value.layout is torch.strided and not value.is_nested
+
+
 def _all_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            if type(value) not in _PLAIN or value.layout is not torch.strided:
+            if not _is_plain(value):
                 return False
         elif isinstance(value, (list, tuple)) and not _all_plain(tuple(value), {}):
             return False
