@@ -259,6 +259,13 @@ def test_steps_that_the_scaler_skips_for_ever_are_told(tmp_path: Path, steps: in
     assert slugs(verdict(journals.write(tmp_path, [trainer(steps)], events=events))) == [slug]
 
 
+@pytest.mark.parametrize(("scale", "who"), [(1.0, "the loss scaler"), (None, "gradctl.Step")])
+def test_who_skipped_the_steps_is_told(tmp_path: Path, scale: float | None, who: str) -> None:
+    events = [event("skip", 1.0 + n / 100, o=0, n=1, scale=scale) for n in range(40)]
+    found = verdict(journals.write(tmp_path, [trainer(30)], events=events))
+    assert finding(found, "skipped-most").symptom == f"57 % of the steps were skipped by {who}"
+
+
 def test_a_loss_that_blows_up_is_told_and_more_surely_with_its_gradients(tmp_path: Path) -> None:
     alone = trainer(100, loss=lambda n: 1.0 if n < 40 else 1e6)
     found = verdict(journals.write(tmp_path / "a", [alone]))

@@ -52,8 +52,9 @@ def nonfinite(facts: Facts, training: Training) -> Iterator[Finding]:
     if found.skipped:
         often = "" if found.steps == 1 else f" in {found.steps} steps, first"
         them = "it" if found.steps == 1 else "them"
-        symptom = f"{what} {be[1]} NaN or inf{often} at step {found.first}{who}; the loss scaler skipped {them}"
-        why, line, severity = f"{names}No weight took such an update.", "nonfinite-skipped", "note"
+        symptom = f"{what} {be[1]} NaN or inf{often} at step {found.first}{who}; {training.who_skips} skipped {them}"
+        line = "nonfinite-skipped" if training.who_skips == "the loss scaler" else "nonfinite-stopped"
+        why, severity = f"{names}No weight took such an update.", "note"
     elif found.first > training.steps:
         symptom = f"{what} {be[0]} NaN or inf at step {found.first}{who}"
         why, line = (
@@ -166,16 +167,16 @@ def skipped(facts: Facts, training: Training) -> Iterator[Finding]:
         yield finding(
             "skipped-most",
             "error",
-            f"{share} of the steps were skipped by the loss scaler",
-            f"{lost} skipped, {done} taken: scaled gradients overflow.",
+            f"{share} of the steps were skipped by {training.who_skips}",
+            f"{lost} skipped, {done} taken: gradients overflow.",
             measured={"skipped": lost, "taken": done},
         )
     elif done >= STEPS_TO_JUDGE:
         yield finding(
             "skipped-steps",
             "warning",
-            f"{share} of the steps were skipped by the loss scaler",
-            f"{lost} skipped, {done} taken. A scaler that has found its scale skips one step in thousands.",
+            f"{share} of the steps were skipped by {training.who_skips}",
+            f"{lost} skipped, {done} taken. In a sound training one step in thousands is.",
             measured={"skipped": lost, "taken": done},
         )
 

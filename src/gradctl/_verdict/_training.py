@@ -205,10 +205,16 @@ class Training:
 
     @cached_property
     def skipped(self) -> int:
-        """Steps that the loss scaler skipped."""
+        """Steps that were skipped, by a loss scaler or by `gradctl.Step`."""
         told = sum(1 for e in self.journal.named("skip") if e.o in (None, self.id))
         dropped = self.journal.end.dropped.get("skip", 0) if self.journal.end else 0
         return told + (dropped if told else 0)
+
+    @cached_property
+    def who_skips(self) -> str:
+        """What left steps out: a loss scaler has a scale, `gradctl.Step` by itself has none."""
+        scales = [e.data.get("scale") for e in self.journal.named("skip") if e.o in (None, self.id)]
+        return "gradctl.Step" if scales and all(scale is None for scale in scales) else "the loss scaler"
 
     @cached_property
     def last_loss(self) -> float | None:
