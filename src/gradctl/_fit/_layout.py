@@ -145,7 +145,10 @@ class Layout:
                 change[i + 1] += nbytes
         for content in self._unheld.values():  # held by the profile for a segment that is now part of the same one
             self._add(change, content.end, content.entry.died, -content.nbytes)
-        return np.cumsum(change)[: self.events]
+        base = np.cumsum(change)[: self.events]
+        for at, nbytes in self.profile.work.items():
+            base[at] += nbytes
+        return base
 
     def _add(self, change: Curve, begin: int, end: int | None, nbytes: int) -> None:
         stop = self.events if end is None else end
@@ -204,7 +207,7 @@ def replay_bytes(segment: Segment, run: Sequence[int], targets: frozenset[int]) 
         for key in step.makes:
             if key in segment.contents:
                 alive[key] = segment.contents[key].nbytes
-        copies = 0
+        copies = step.work
         for before, made in step.writes:
             if made in segment.contents:
                 alive[made] = segment.contents[made].nbytes

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from gradctl._fit._allocator import Allocated
 from gradctl._fit._forward import digest_of
-from gradctl._fit._ledger import Entry, Ledger
+from gradctl._fit._ledger import OPERATION, Entry, Ledger
 from gradctl._fit._segments import cutting
 from gradctl._recompute import Operation, Recording, Tape, Version, outer_hooks
 
@@ -68,6 +69,7 @@ class Step:
         writes: pairs of keys: what it overwrites, and what it makes of it.
         makes: keys of the contents that it makes.
         seconds: what it took.
+        work: bytes that its kernel had for itself while it ran.
     """
 
     index: int
@@ -76,6 +78,7 @@ class Step:
     writes: tuple[tuple[int, int], ...]
     makes: tuple[int, ...]
     seconds: float
+    work: int = 0
 
 
 @dataclass
@@ -113,11 +116,14 @@ class Profile:
         calls: the calls of the model's forward.
         ledger: every storage of the step.
         loss: what the step returned.
+        work: by event, the bytes that allocators had given out before it beyond those that the ledger knows: what
+            kernels have for themselves, and what autograd holds.
     """
 
     calls: list[Call]
     ledger: Ledger
-    loss: Any
+    loss: Any = None
+    work: dict[int, int] = field(default_factory=dict[int, int])
 
 
 class _Values(dict[Any, Any]):
@@ -242,20 +248,29 @@ def profile(
     Returns:
         What it did.
     """
+    with profiling(model, modules, known) as seen:
+        loss = step()
+    seen.loss = loss.detach() if isinstance(loss, Tensor) else loss
+    return seen
+
+
+@contextmanager
+def profiling(model: Module, modules: dict[str, Module], known: Callable[[], list[Tensor]]) -> Generator[Profile]:
+    """Profile the step that runs inside; see `profile`. The profile is whole when it is left without an error."""
     ledger = Ledger()
     ledger.where = OTHER
-    ledger.before(known())
-    calls: list[Call] = []
-    tapes: list[_ProfilingTape] = []
     gc.collect()
+    ledger.before(known())
+    seen = Profile([], ledger)
+    tapes: list[_ProfilingTape] = []
     forward = model.forward
 
     def taped(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        call = Call(len(calls), digest_of(args, kwargs))
+        call = Call(len(seen.calls), digest_of(args, kwargs))
         tape = _ProfilingTape(call, ledger)
-        calls.append(call)
+        seen.calls.append(call)
         tapes.append(tape)
         with (
             cutting(modules, tape.cut_at),
@@ -266,11 +281,35 @@ def profile(
         tape.finish()
         return out
 
-    with _forward_of(model, taped), ledger:
-        loss = step()
+    with _forward_of(model, taped), Allocated(known()) as allocated, ledger:
+        yield seen
     for tape in tapes:
         tape.settle()
-    return Profile(calls, ledger, loss.detach() if isinstance(loss, Tensor) else loss)
+    _settle_work(seen, allocated)
+
+
+def _settle_work(seen: Profile, allocated: Allocated) -> None:
+    """Note what allocators had given out beyond the ledger, by operation."""
+    ledger = seen.ledger
+    level = [0, *ledger.curve()[1:]]
+    total = highest = before = 0
+    work: dict[Any, int] = {}
+    for change in allocated.changes:
+        total += change.nbytes
+        highest = max(highest, total)
+        if change.mark is None or not change.mark.startswith(OPERATION):
+            continue
+        where, now = ledger.operations[int(change.mark.removeprefix(OPERATION))]
+        beyond = highest - max(level[before : now + 1])
+        if beyond > 0 and where == AGAIN:
+            pass  # what is called again has the work of the first time
+        elif beyond > 0:
+            seen.work[now] = max(seen.work.get(now, 0), beyond)
+            work[where] = max(work.get(where, 0), beyond)
+        before, highest = now, total
+    for call in seen.calls:
+        for step in call.steps.values():
+            step.work = work.get(("forward", call.number, step.index), 0)
 
 
 @contextmanager

@@ -33,6 +33,10 @@ class Geometry(NamedTuple):
         made = torch.empty(0, dtype=self.dtype, device=storage.device).set_(
             storage, self.offset, self.size, self.stride
         )
+        return self.marked(made)
+
+    def marked(self, made: Tensor) -> Tensor:
+        """Return a tensor with the marks that make it a conjugate or a negative."""
         if self.conj:
             made = _conjugate(made)
         return _negative(made) if self.neg else made
@@ -163,7 +167,9 @@ def pack(storage: UntypedStorage, dtype: torch.dtype, codec: Codec) -> Packed | 
         flat = torch.empty(0, dtype=dtype, device=storage.device).set_(storage)
         if codec == "int16":
             small = flat.to(torch.int16)
-            return Packed(codec, small, flat.numel(), flat[:0]) if torch.equal(small.to(dtype), flat) else None
+            same = torch.equal(small.to(dtype), flat)
+            # Not a part of what was packed: that would hold all of it.
+            return Packed(codec, small, flat.numel(), torch.empty(0, dtype=dtype)) if same else None
         mask = flat != 0
         value = flat.amax().reshape(1) if dtype != torch.bool else torch.ones(1, dtype=dtype, device=flat.device)
         if dtype != torch.bool and not torch.equal(torch.where(mask, value, torch.zeros_like(value)), flat):
