@@ -43,7 +43,12 @@ def family(written: type[Any], jvp: Callable[..., Any]) -> Family:
         written.setup_context(ctx, args, out)
         return out
 
-    rules = {"backward": staticmethod(written.backward), "jvp": staticmethod(jvp), "__module__": written.__module__}
+    rules = {
+        "backward": staticmethod(written.backward),
+        "jvp": staticmethod(jvp),
+        "stops": getattr(written, "stops", ()),
+        "__module__": written.__module__,
+    }
     transformed: Any = type(written.__name__, (written,), {"jvp": staticmethod(jvp), "__module__": written.__module__})
     return Family(
         eager=type(written.__name__, (Function,), {"forward": staticmethod(forward), **rules}),

@@ -25,6 +25,7 @@ class Cut(NamedTuple):
         why: what happens there, as a sentence without its full stop.
         evidence: further places with their roles.
         deliberate: how often people cut like this on purpose, from 0 (never) to 1.
+        fix: what to change, where the standard fix of the slug is none.
     """
 
     slug: str
@@ -32,12 +33,20 @@ class Cut(NamedTuple):
     why: str
     evidence: tuple[tuple[Site | None, str], ...] = ()
     deliberate: float = 0.0
+    fix: str = ""
 
 
 def describe(node: Node) -> Cut:
     """Describe the break at a node that lost the history of an input."""
     assert node.cut is not None
+    if node.meant:
+        return _meant(node)
     return _KINDS[node.cut](node)
+
+
+def _meant(node: Node) -> Cut:
+    why = "a call of gradctl, for example stop(), returns a constant here"
+    return Cut("detach", place(node.stack), why, _callers(node), 1.0, "leave one way from the parameters without it")
 
 
 def _detach(node: Node) -> Cut:

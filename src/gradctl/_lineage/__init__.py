@@ -32,7 +32,7 @@ from gradctl._lineage._facts import (
     Taken,
 )
 from gradctl._lineage._forward import Flag
-from gradctl._lineage._frames import Frames, Site, Stack, site, sites, source
+from gradctl._lineage._frames import Frames, Site, Stack, is_own, site, sites, source
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import CASTS, COMPARISONS, VIEWS
 from gradctl._lineage._trace import Trace, let_workers_finish
@@ -41,6 +41,7 @@ from gradctl._lineage._walk import (
     Unreached,
     breaks,
     live_leaves,
+    meant_breaks,
     path,
     sufficient_breaks,
     sum_of,
@@ -87,8 +88,10 @@ __all__ = [
     "Unreached",
     "breaks",
     "grad_fn_of",
+    "is_own",
     "let_workers_finish",
     "live_leaves",
+    "meant_breaks",
     "note_breaks",
     "path",
     "site",

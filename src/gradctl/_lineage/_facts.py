@@ -60,7 +60,7 @@ class DataEdit(NamedTuple):
 
 
 class FlagChange(NamedTuple):
-    """`requires_grad` of a tensor was changed from outside."""
+    """`requires_grad` of a tensor was changed from outside; `own`: the call of gradctl that did it, None for others."""
 
     tensor_id: int
     ref: weakref.ref[Tensor]
@@ -68,6 +68,7 @@ class FlagChange(NamedTuple):
     stack: Stack
     generation: int
     seq: int
+    own: str | None = None
 
 
 class Placement(NamedTuple):
@@ -103,6 +104,7 @@ class GradEvent(NamedTuple):
     sources: for "set" and "edit", whose gradients the new value (the other operands) came from, with the order of the
     newest reading; None if unknown.
     thread: identifier of the thread that did it.
+    own: whether a call of gradctl did it, which the program means.
     """
 
     kind: str
@@ -114,6 +116,7 @@ class GradEvent(NamedTuple):
     value: int
     sources: dict[int, int] | None = None
     thread: int = 0
+    own: bool = False
 
 
 @dataclass(slots=True)

@@ -16,6 +16,8 @@ Stack = tuple[tuple[CodeType, int], ...]
 
 _DEPTH = 10
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_WATCHING = (_OURS + "_lineage" + os.sep, _OURS + "_taps" + os.sep)
+_TORCH = f"{os.sep}torch{os.sep}"
 _NOT_USER = tuple(
     {
         os.path.realpath(folder) + os.sep
@@ -74,7 +76,7 @@ class Frames:
         found = self._packages.get(filename)
         if found is None:
             inside = "site-packages" in filename or "dist-packages" in filename
-            torch = f"{os.sep}torch{os.sep}" in filename
+            torch = _TORCH in filename
             found = inside and not torch and not filename.startswith(_OURS) and not self.is_user(filename)
             self._packages[filename] = found
         return found
@@ -95,6 +97,30 @@ class Frames:
                     break
             at = at.f_back
         return tuple(found)
+
+
+def is_own(filename: str) -> bool:
+    """Whether code of that file is gradctl's, and acts for the program: it does not only watch it."""
+    return filename.startswith(_OURS) and not filename.startswith(_WATCHING)
+
+
+def own_call() -> str | None:
+    """Return the call of gradctl that runs torch now, as the program or a library named it; None where none does.
+
+    A function of the program that gradctl calls in turn is the program's again.
+    """
+    name: str | None = None
+    at: FrameType | None = sys._getframe(1)
+    while at is not None:
+        file = at.f_code.co_filename
+        if is_own(file):
+            name = at.f_code.co_name
+        elif file.startswith(_WATCHING):
+            pass
+        elif name is not None or _TORCH not in file:
+            return name
+        at = at.f_back
+    return name
 
 
 _lines: dict[CodeType, list[int | None]] = {}

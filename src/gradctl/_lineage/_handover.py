@@ -116,7 +116,8 @@ def _judge(key: int, state: GradState, events: Sequence[GradEvent], since: int) 
     """Go through what touched one gradient after its last backward; return what the step misses, and the event."""
     culprit: GradEvent | None = None
     kind = ""
-    for event in events:
+    others = [event for event in events if not event.own]  # what a call of gradctl leaves there is meant
+    for event in others:
         if event.kind in ("zero_grad", "none") or event.op in CLEARS:
             culprit, kind = event, "cleared"
         elif event.kind == "set" or event.op in COPIES:
@@ -126,7 +127,7 @@ def _judge(key: int, state: GradState, events: Sequence[GradEvent], since: int) 
             culprit = None
     if kind == "cleared" and culprit is not None and state == "ok":
         return "", None
-    if culprit is None and state == "zero":
+    if culprit is None and state == "zero" and len(others) == len(events):
         return "zeroed", events[-1]
     return kind, culprit
 

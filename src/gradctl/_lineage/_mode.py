@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 
 from gradctl._lineage._facts import ErrorFacts, FlagChange, HookFacts
-from gradctl._lineage._frames import Stack
+from gradctl._lineage._frames import Stack, is_own, own_call
 from gradctl._lineage._node import Node, Region
 from gradctl._lineage._operations import ONE_TO_ONE, REWRAPS, Plan, plan_for
 from gradctl._lineage._single import NORMALISING, note_single
@@ -319,6 +319,8 @@ def _region_changed(tracer: Tracer, *, opened: bool) -> None:
             library = "checkpoint"
         elif "/optim/" in name:
             library = "optimizer"
+        elif is_own(name) and library is within is None:
+            library = "gradctl"
         frame = frame.f_back
     if opened:
         if leaving and state.suspended:
@@ -357,7 +359,7 @@ def _data_written(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
     if not tracer.here.optimizer:
         tracer.facts.data_sets.append((id(args[0]), tracer.frames.stack(), tracer.seq()))
     parameter = tracer.facts.parameters.get(id(args[0]))
-    if parameter is not None and tracer.facts.generation > 0 and not tracer.here.optimizer:
+    if parameter is not None and tracer.facts.generation > 0 and not tracer.here.optimizer and own_call() is None:
         parameter.hand_written += 1
     owner = tracer.map.get(args[0])
     if owner is not None and owner.op == "grad" and isinstance(owner.extra, int):
@@ -373,7 +375,15 @@ def _flag_changed(tracer: Tracer, out: Any, args: tuple[Any, ...], kwargs: dict[
         return
     stack = tracer.frames.stack()
     tracer.facts.flags.append(
-        FlagChange(id(tensor), weakref.ref(tensor), tensor.requires_grad, stack, tracer.facts.generation, tracer.seq())
+        FlagChange(
+            id(tensor),
+            weakref.ref(tensor),
+            tensor.requires_grad,
+            stack,
+            tracer.facts.generation,
+            tracer.seq(),
+            own_call(),
+        )
     )
     node: Node | None = tracer.map.get(tensor)
     if tensor.requires_grad and node is not None and not node.leaf and not node.live:

@@ -28,7 +28,8 @@ class Region:
         decorated: the decorated function's code, if a decorator entered it.
         within: the innermost line of an installed package (not torch's) that entered it, or whose decorator did, as an
             entry of a stack; None where the user's own code did.
-        library: what of torch entered it: "sample" (a distribution), "checkpoint", "optimizer", "function", or None.
+        library: what of torch entered it: "sample" (a distribution), "checkpoint", "optimizer", "function"; "gradctl"
+            for one of ours; or None.
         frame: id of the user frame that entered it and of its code; the frame may be gone.
         generator: whether that frame belongs to a generator.
         open: whether it has not been left yet.
@@ -56,6 +57,9 @@ class Region:
         self.resumed = False
 
 
+_NOTHING: frozenset[int] = frozenset()
+
+
 class Node:
     """One value that a torch operation made, or a leaf.
 
@@ -69,6 +73,7 @@ class Node:
         trainable: whether its value depends on a parameter or another leaf that requires a gradient, through cuts too.
         leaf: whether it is a leaf that requires, or may require, a gradient.
         cut: how the history of its inputs was lost; None if it was not, or there was none.
+        meant: positions of the inputs from which the program keeps the gradient away by a call of gradctl.
         region: the innermost region with gradients off when it was made.
         generation: number of backward calls that had been made.
         seq: order of making.
@@ -81,8 +86,8 @@ class Node:
     """
 
     __slots__ = (
-        "__weakref__", "cut", "dtype", "extra", "generation", "grads", "inputs", "leaf", "live", "live_inputs", "op",
-        "ref", "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
+        "__weakref__", "cut", "dtype", "extra", "generation", "grads", "inputs", "leaf", "live", "live_inputs", "meant",
+        "op", "ref", "region", "requires_grad", "scalars", "seq", "shape", "stack", "storage", "trainable",
     )  # fmt: skip
 
     def __init__(
@@ -99,6 +104,7 @@ class Node:
         self.leaf = False
         self.trainable = False
         self.cut: Cut | None = None
+        self.meant: frozenset[int] = _NOTHING
         self.region: Region | None = None
         self.shape: tuple[int, ...] = ()
         self.dtype: Any = None
@@ -115,8 +121,15 @@ class Node:
 
     @property
     def lost(self) -> bool:
-        """Whether an input required a gradient and the output kept no history of it."""
-        return not self.live and self.op != "leaf" and any(self.live_inputs)
+        """Whether an input required a gradient and the output kept no history of it, and no call of gradctl said so."""
+        return not self.live and not self.meant and self.op != "leaf" and any(self.live_inputs)
+
+    @property
+    def wanted(self) -> tuple[Node, ...]:
+        """The inputs without those that no gradient is meant for."""
+        if not self.meant:
+            return self.inputs
+        return tuple([parent for position, parent in enumerate(self.inputs) if position not in self.meant])
 
     def tensor(self) -> Tensor | None:
         """Return the tensor if it is still there."""

@@ -272,6 +272,8 @@ class Trace:
                 tracer.frames.stack(),
             )  # fmt: skip
             node.extra = cls
+            if f"{cls.__module__}.".startswith("gradctl."):
+                node.meant = frozenset(getattr(cls, "stops", ()))
             tracer.look(node, output, tensors)
 
     def _inference_entered(self, inner: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from gradctl import _torch_private as private
 from gradctl._lineage._facts import Escape, Facts, GradEvent, Mutation, ParameterFacts, Reused
 from gradctl._lineage._forward import ForwardCheck
-from gradctl._lineage._frames import Frames, Stack
+from gradctl._lineage._frames import Frames, Stack, own_call
 from gradctl._lineage._node import Node, Region, TensorMap
 from gradctl._lineage._operations import REWRAPS, VIEWS
 from gradctl._lineage._walk import Unreached, sources_of
@@ -208,7 +208,9 @@ class Tracer:
             node.leaf = node.requires_grad and not any_live
             node.trainable = node.trainable or node.leaf
             state = self.here
-            if op in ("detach", "detach_"):
+            detaches = op in ("detach", "detach_")
+            own = own_call() if any_live or (detaches and node.trainable) else None
+            if detaches and (own in (None, "stop") or torch.is_grad_enabled()):
                 node.cut = "detach"
             elif op == "data.__get__":
                 node.cut = "data"
@@ -230,6 +232,9 @@ class Tracer:
                 node.region = state.region()
             elif any_live:
                 node.cut = "op"
+            by_us = own is not None and node.cut in ("detach", "data", "rewrap")
+            if by_us or (any_live and node.region is not None and node.region.library == "gradctl"):
+                node.meant = frozenset(range(len(node.inputs)))
         else:
             grad_fn.metadata[NODE] = node
         node.ref = self.map.set(tensor, node)
@@ -305,7 +310,7 @@ class Tracer:
             if key is None:
                 continue
             parameter = facts.parameters.get(key)
-            if parameter is not None and facts.generation > 0 and op not in _BOUNDS:
+            if parameter is not None and facts.generation > 0 and op not in _BOUNDS and own_call() is None:
                 parameter.hand_written += 1
         self._edited(tensor, op, stack, operands)
 
@@ -365,8 +370,9 @@ class Tracer:
     ) -> GradEvent:
         """Note that something other than backward touched a gradient."""
         event = GradEvent(
-            kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value, sources, threading.get_ident()
-        )
+            kind, frozenset(ids), op, stack, self.facts.generation, self.seq(), value, sources, threading.get_ident(),
+            own_call() is not None,
+        )  # fmt: skip
         self.facts.grad_events.append(event)
         return event
 

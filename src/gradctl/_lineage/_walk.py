@@ -34,8 +34,14 @@ _SCALINGS = frozenset(
 )
 
 
-def upstream(roots: Iterable[Node], *, live: bool = False) -> list[Node]:
-    """Return every node that `roots` came from, themselves included; with `live`, through recorded history only."""
+def upstream(roots: Iterable[Node], *, live: bool = False, wanted: bool = False) -> list[Node]:
+    """Return every node that `roots` came from, themselves included.
+
+    Args:
+        roots: where to begin.
+        live: go through recorded history only.
+        wanted: do not go where a call of gradctl keeps the gradient from.
+    """
     seen: set[int] = set()
     queue = list(roots)
     found: list[Node] = []
@@ -49,7 +55,7 @@ def upstream(roots: Iterable[Node], *, live: bool = False) -> list[Node]:
             if node.live:
                 queue += [parent for parent, alive in zip(node.inputs, node.live_inputs, strict=False) if alive]
         else:
-            queue += node.inputs
+            queue += node.wanted if wanted else node.inputs
     return found
 
 
@@ -60,8 +66,13 @@ def live_leaves(node: Node) -> set[int]:
 
 
 def breaks(nodes: Iterable[Node]) -> list[Node]:
-    """Return the nodes that lost the history of an input, in the order of making."""
+    """Return the nodes that lost the history of an input, in the order of making; not those that were meant to."""
     return sorted((node for node in nodes if node.lost), key=lambda node: node.seq)
+
+
+def meant_breaks(nodes: Iterable[Node]) -> list[Node]:
+    """Return the nodes by which a call of gradctl took the history of an input, in the order of making."""
+    return sorted((node for node in nodes if node.meant and not node.live), key=lambda node: node.seq)
 
 
 def sufficient_breaks(roots: Sequence[Node]) -> list[Node]:
@@ -81,8 +92,8 @@ def sufficient_breaks(roots: Sequence[Node]) -> list[Node]:
         if node.lost:
             found.append(node)
         if node.cut is None:
-            queue += node.inputs
-        elif node.cut in ("grad_off", "inference"):
+            queue += node.wanted
+        elif node.cut in ("grad_off", "inference") and not node.meant:
             queue += [parent for parent, live in zip(node.inputs, node.live_inputs, strict=False) if not live]
     return sorted(found, key=lambda node: node.seq)
 
@@ -181,6 +192,7 @@ class Unreached:
         self._escapes = escapes
         self._log = log
         self._behind: set[int] | None = None
+        self._kept_away: set[int] | None = None
         self._cuts: dict[int, list[Node]] | None = None
         self._other: dict[int, list[Node]] | None = None
         self._escaped: list[tuple[Escape, set[int]]] | None = None
@@ -192,6 +204,7 @@ class Unreached:
             ("break", tuple of Node): operations that cut it, in the order of making; repairing one would reconnect the
                 loss, or, where no single repair would, all that lost it.
             ("connected", None): values and history reach it.
+            ("meant", None): its values reach the loss only where a call of gradctl keeps the gradient away.
             ("escape", (escapes, roots)): it left as numbers or arrays, oldest first.
             ("unused_output", Node): the last value computed from it reaches no loss.
             ("unused", None): nothing was computed from it.
@@ -206,9 +219,13 @@ class Unreached:
             return "break", tuple(found)
         if id(leaf) in self._behind:
             return "connected", None
+        if self._kept_away is None:
+            self._kept_away = {id(node) for node in upstream(self._roots)} - self._behind
+        if id(leaf) in self._kept_away:
+            return "meant", None
         if self._escaped is None:
             live = [escape for escape in self._escapes if escape.live or escape.kind in ("numpy", "__array__")]
-            self._escaped = [(escape, {id(n) for n in upstream([escape.node])}) for escape in live]
+            self._escaped = [(escape, {id(n) for n in upstream([escape.node], wanted=True)}) for escape in live]
         left = tuple([escape for escape, behind in self._escaped if id(leaf) in behind])
         if left:
             return "escape", (left, tuple(self._roots))
@@ -222,7 +239,7 @@ class Unreached:
         return ("unused", None) if last is None else ("unused_output", last)
 
     def _prepare(self) -> None:
-        behind = upstream(self._roots)
+        behind = upstream(self._roots, wanted=True)
         self._behind = {id(node) for node in behind}
         self._cuts = {}
         self._other = {}

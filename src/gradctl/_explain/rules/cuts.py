@@ -22,6 +22,7 @@ from gradctl._lineage import (
     Stack,
     breaks,
     live_leaves,
+    meant_breaks,
     site,
     source,
     sufficient_breaks,
@@ -52,7 +53,8 @@ def no_history(context: Context) -> Iterable[Candidate]:
     wanted = _wanted(context)
     sufficient = sufficient_breaks(roots)
     behind: dict[tuple[str, Site | None], Candidate] = {}
-    for rank, node in enumerate(sufficient or breaks(nodes)):
+    # Who stops a gradient by a call of gradctl means it; it is told only where backward() is left without any way.
+    for rank, node in enumerate(sufficient or breaks(nodes) or meant_breaks(nodes)):
         cut = describe(node)
         leaves = live_leaves(node)
         reaches = {key for key, facts in context.parameters() if id(facts.node) in leaves}
@@ -60,6 +62,8 @@ def no_history(context: Context) -> Iterable[Candidate]:
         confidence -= 0.05 * cut.deliberate * (len(sufficient) > 1) + 0.001 * rank
         if wanted and not reaches & wanted:
             confidence -= 0.1
+        if not reaches and node.meant:
+            continue
         leaf = next((facts.node for _, facts in context.parameters() if id(facts.node) in leaves), None)
         found = True
         one = _candidate(context, cut, roots, node, leaf, tuple(reaches & wanted or reaches), confidence, error)
@@ -89,6 +93,7 @@ def _candidate(
         _SYMPTOM,
         f"{cut.why}; nothing that a gradient could follow leads from there to the loss",
         confidence=confidence,
+        fix=cut.fix,
         evidence=(*cut.evidence, (place(error.stack), "backward")),
         parameters=parameters,
         node=node,
@@ -152,7 +157,8 @@ def _frozen(context: Context, nodes: Sequence[Node], roots: Sequence[Node], erro
         )
     event = events[-1]
     where, evidence = frozen_by(event.stack)
-    why = f"{count(len(ids), 'parameter')} behind the loss {'is' if len(ids) == 1 else 'are'} frozen here"
+    by = " by gradctl.freeze" if event.own == "freeze" else ""
+    why = f"{count(len(ids), 'parameter')} behind the loss {'is' if len(ids) == 1 else 'are'} frozen here{by}"
     if trained:
         why += f"; {'it' if len(ids) == 1 else 'they'} had gradients in earlier steps"
     return Candidate(

@@ -14,6 +14,9 @@ from gradctl._explain.rules import Rule
 from gradctl._explain.rules.numbers.zeros import silent
 from gradctl._lineage import Hit, Node, Site, live_leaves
 
+_OTHERS = ("torch.", "gradctl.")
+"""What these return is right, or meant: `gradctl.scale(x, 0)`."""
+
 
 def custom_function_none(context: Context) -> Iterable[Candidate]:
     """A custom Function got a gradient and returned None, or zero, for an input that parameters stand behind."""
@@ -36,7 +39,7 @@ def custom_function_none(context: Context) -> Iterable[Candidate]:
                 groups[hit.detail["forward_class"]].append((entry.key, hit, "zero"))
                 break
     for function, group in groups.items():
-        if "torch." in f"{function.__module__}.":
+        if f"{function.__module__}.".startswith(_OTHERS):
             continue
         _, hit, what = group[0]
         where = return_line(function, hit.detail["edge"], what) or (hit.node.site if hit.node is not None else None)

@@ -14,7 +14,7 @@ from gradctl._explain.rules.numbers import names
 from gradctl._explain.rules.numbers.factors import factor
 from gradctl._explain.rules.numbers.single import ENOUGH, cancels, runs_over_one
 from gradctl._explain.rules.numbers.verdict import Swallowed, named
-from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, path
+from gradctl._lineage import VIEWS, Hit, Node, ParameterFacts, Site, is_own, path
 
 _CASTS = frozenset(["to", "half", "type", "type_as"])
 _END = 1e-4
@@ -242,7 +242,7 @@ def _is_penalty(node: Node, root: Node) -> bool:
 
 def _hooked(context: Context, hit: Hit) -> Swallowed | None:
     for hook in context.facts.hooks:
-        if hook.node is hit.node and hook.code is not None:
+        if hook.node is hit.node and hook.code is not None and not is_own(hook.code.co_filename):
             where = Site(hook.code.co_filename, hook.code.co_firstlineno, hook.code.co_qualname)
             return Swallowed(
                 "grad_overwritten",

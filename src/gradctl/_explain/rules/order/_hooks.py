@@ -8,7 +8,7 @@ from types import CodeType
 
 from gradctl._explain._context import Candidate, Context, count, place
 from gradctl._explain._source import parsed, statements
-from gradctl._lineage import HookFacts, Site
+from gradctl._lineage import HookFacts, Site, is_own
 
 _TWICE = 2
 
@@ -19,7 +19,9 @@ def grad_overwritten_in_hook(context: Context) -> Iterable[Candidate]:
     grouped: dict[Site, list[tuple[int, HookFacts]]] = {}
     for key, (optimizer, at) in context.facts.zeroed_by_hook.items():
         hook = hooks.get(key)
-        if hook is None or hook.code is None or len(at) < _TWICE or at[-1] < optimizer.steps - 1:
+        if hook is None or hook.code is None or is_own(hook.code.co_filename):
+            continue
+        if len(at) < _TWICE or at[-1] < optimizer.steps - 1:
             continue
         if 2 * len(at) >= optimizer.steps - at[0]:
             grouped.setdefault(_returning_line(hook.code), []).append((key, hook))

@@ -40,7 +40,7 @@ def frozen_params(context: Context) -> Iterable[Candidate]:
     for key, changes in history.items():
         last = changes[-1]
         line = _line(changes)
-        if last.to or line is None:
+        if last.to or line is None or last.own is not None:
             continue
         for optimizer in facts.optimizers.values():
             steps = sum(seq > last.seq for seq in optimizer.step_seqs)
