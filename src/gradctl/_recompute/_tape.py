@@ -69,7 +69,7 @@ class Saved:
     def __del__(self) -> None:
         self.version.handles -= 1
         if self.version.handles == 0:
-            self.tape.values.pop(self.version, None)
+            self.tape.let_go(self.version)
 
 
 class Kept:
@@ -110,6 +110,7 @@ class Tape:
         self.position = 0
         self.lost_at: int | None = None
         self.values: dict[Version, UntypedStorage] = {}
+        self.bases: dict[Version, tuple[Tensor, int]] = {}
         self.pending: dict[Version, set[int]] = {}
         self.dropped: weakref.WeakSet[Version] = weakref.WeakSet()
         self.default_dtype = torch.get_default_dtype()
@@ -409,6 +410,11 @@ class Tape:
             drop=frozenset(version.maker for version in self.dropped if version.maker is not None),
             cuts=tuple(self.cuts),
         )
+
+    def let_go(self, version: Version) -> None:
+        """Let go of a content that was made again."""
+        self.values.pop(version, None)
+        self.bases.pop(version, None)
 
     def forget(self, segment: int) -> None:
         """Let go of the notes of a segment: everything that it dropped is at hand."""
