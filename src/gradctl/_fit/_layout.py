@@ -97,6 +97,7 @@ class Layout:
         self.segments: list[Segment] = []
         self.starts: dict[int, tuple[int, ...]] = {}
         self._unheld: dict[int, Content] = {}
+        self._lent: dict[int, Content] = {}
         for call in profile.calls:
             self._cut(call)
 
@@ -116,7 +117,8 @@ class Layout:
         for content in call.contents.values():
             own = segment_of(content.operation)
             if any(segment_of(at) != own for at in (*content.read, *content.saved)):
-                continue  # a later segment begins from it
+                self._lent[content.key] = content  # a later segment begins from it
+                continue
             segment = segments[own]
             segment.contents[content.key] = content
             if content.saved:
@@ -178,6 +180,11 @@ class Layout:
             content = segment.contents[key]
             if not content.saved:
                 self._add(change, self._gone(content), segment.again, content.nbytes)
+        steps = segment.call.steps
+        for key in {key for index in option.run for key in steps[index].reads if key in self._lent}:
+            content = self._lent[key]
+            if content.entry.died is not None and content.entry.died < segment.again:
+                self._add(change, content.entry.died, segment.again, content.nbytes)
         return np.cumsum(change)[: self.events]
 
     def peaks(self, chosen: Sequence[tuple[Segment, Option]]) -> tuple[int, int]:
