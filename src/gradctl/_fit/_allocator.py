@@ -1,6 +1,6 @@
 """What the allocator gave out and took back over a stretch of the program, in order, by its own account.
 
-The events are those that torch's profiler gets from the allocators, had without kineto: its older profiler keeps them in
+The events are those that the allocators tell a profiler, had without kineto: the older profiler of torch keeps them in
 the order in which they came, with the operations around them, and says nothing on the terminal. On the CPU a block that
 was there before is freed without an event; tensors that are known beforehand are watched for that.
 """
@@ -161,11 +161,13 @@ def _in_order(threads: Any) -> list[Change]:
             cpu = event.cpu_memory_usage()
             nbytes = cpu or event.cuda_memory_usage()
             device = "cpu" if cpu else f"cuda:{event.device()}"
-            if waiting is not None:
-                if not _same(waiting, nbytes, device) and not quiet:
-                    found.append(waiting)
-                waiting = None
-            if not quiet:
+            own = waiting is not None and device == waiting.device and nbytes < 0
+            if waiting is not None and not quiet:
+                found.append(waiting)
+            waiting = None
+            # The block's own event, if it has one, comes next. On the CPU it may tell the size of an earlier block at
+            # that address, which was freed while nobody watched.
+            if not quiet and not own:
                 found.append(Change((event.start_us() - begin) / 1e6, nbytes, device))
             continue
         if kind != "push" or not (name := event.name()).startswith(_OURS):
@@ -183,11 +185,6 @@ def _in_order(threads: Any) -> list[Change]:
     if waiting is not None and not quiet:
         found.append(waiting)
     return found
-
-
-def _same(died: Change, nbytes: int, device: str) -> bool:
-    """Whether the allocator's own event is that of the block that was said to be freed: then it counts once."""
-    return device == died.device and died.nbytes - 512 < nbytes <= died.nbytes
 
 
 def _log_level() -> Any:

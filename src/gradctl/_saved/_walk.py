@@ -58,7 +58,7 @@ def walk(
                 where = graph.kind(index)
                 if where.startswith(_OPAQUE):
                     tally.unread += 1
-                for value in saved_values(node):
+                for _, value in saved_values(node):
                     tensors = list(_tensors_in(value))
                     packed += not tensors
                     for tensor in tensors:
@@ -149,8 +149,8 @@ class Graph:
             yield root
 
 
-def saved_values(node: Any) -> Iterator[Any]:
-    """The saved values of a node as they lie there; a freed node has none."""
+def saved_values(node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the saved values of a node as they lie there, each with its name; a freed node has none."""
     kind: Any = type(node)
     attributes = _saved_attributes.get(kind)
     if attributes is None:
@@ -165,7 +165,7 @@ def saved_values(node: Any) -> Iterator[Any]:
             continue
         for one in value if isinstance(value, tuple) else (value,):
             if one is not None and (found := one.data) is not None:
-                yield found
+                yield name.removeprefix(_RAW), found
 
 
 def _tensors_in(value: Any) -> Iterator[Any]:
