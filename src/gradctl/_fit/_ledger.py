@@ -70,7 +70,17 @@ class Ledger(TorchDispatchMode):
         self.where: Any = None
         self.seconds: dict[Any, float] = {}
         self.operations: list[tuple[Any, int]] = []
+        self._depth = 0
         self._live: dict[int, tuple[weakref.ref[UntypedStorage], Entry]] = {}
+
+    def __enter__(self) -> Ledger:
+        """Begin; a second time inside, where dropped contents are made again."""
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth -= 1
+        super().__exit__(*error)
 
     def before(self, tensors: Iterable[Tensor]) -> None:
         """Note tensors that are there already: weights, gradients, optimizer state, inputs."""
@@ -112,7 +122,11 @@ class Ledger(TorchDispatchMode):
         storage = tensor.untyped_storage()
         found = self._live.get(storage._cdata)
         if found is None or found[0]() is None:
-            self._add(storage, tensor, 0, None)
+            if self._depth > 1:  # a copy that replay has made where no mode sees it
+                entry = self._add(storage, tensor, len(self.events) + 1, None)
+                self.events.append((entry.nbytes, entry))
+            else:
+                self._add(storage, tensor, 0, None)
 
     def _output(self, tensor: Tensor, operation: Any) -> None:
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
