@@ -86,7 +86,7 @@ def fit(
     with restored(model, optimizers):
         seen = profile(model, step, segment_modules(model), known)
     _check(seen, model)
-    planner = _Planner(model, seen, levers, verify, time_limit)
+    planner = Planner(model, seen, levers, verify, time_limit)
     plan = planner.plan(budget)
     plan = _measured(model, step, optimizers, known, planner, plan)
     if prove_steps:
@@ -94,7 +94,7 @@ def fit(
     return plan
 
 
-class _Planner:
+class Planner:
     """Everything about one profile that does not depend on the budget."""
 
     def __init__(
@@ -119,9 +119,10 @@ class _Planner:
                 (layout, [(s, [o for o in options if not o.run] or options[-1:]) for s, options in found])
                 for layout, found in self.candidates[:1]
             ]
-        self.least, self.smallest = min(
+        layout, (chosen, self.smallest) = min(
             ((layout, least(layout, found)) for layout, found in self.candidates), key=lambda pair: pair[1][1]
-        )[1]
+        )
+        self.least = layout, chosen
         first, options = self.candidates[0]
         self.plain_peak = first.peaks([(segment, choice[-1]) for segment, choice in options])[0]
         self.seconds = sum(seen.ledger.seconds.get(key, 0.0) for key in seen.ledger.seconds if key != "again")
@@ -139,18 +140,31 @@ class _Planner:
                 if best is None or seconds < best[0]:
                     best = seconds, layout, chosen
         if best is None:
-            smallest = self.smallest + self.standing
-            error = BudgetTooSmall(
-                f"no plan stays within {in_words(budget)}",
-                what=f"the smallest budget that works is {in_words(smallest)} ({smallest} bytes); "
-                f"{in_words(self.standing)} of it are weights, gradients, optimizer state and inputs",
-                why="what is left is needed at one moment, whatever is made again",
-                fix=f"memory={smallest}, or a smaller batch",
-            )
-            error.smallest = smallest
-            raise error
+            raise self.too_small(budget, self.smallest_budget)
         _, layout, chosen = best
         return self._made(budget, layout.peaks(chosen)[0], layout, chosen)
+
+    @property
+    def smallest_budget(self) -> int:
+        """The smallest budget that a plan is expected to meet."""
+        return self.smallest + self.standing
+
+    def leanest(self, budget: int) -> Plan:
+        """Return the plan that is expected to need least."""
+        layout, chosen = self.least
+        return self._made(budget, self.smallest, layout, chosen)
+
+    def too_small(self, budget: int, smallest: int) -> BudgetTooSmall:
+        """Return the error that says what the smallest budget is."""
+        error = BudgetTooSmall(
+            f"no plan stays within {in_words(budget)}",
+            what=f"the smallest budget that works is {in_words(smallest)} ({smallest} bytes); "
+            f"{in_words(self.standing)} of it are weights, gradients, optimizer state and inputs",
+            why="what is left is needed at one moment, whatever is made again",
+            fix=f"memory={smallest}, or a smaller batch",
+        )
+        error.smallest = smallest
+        return error
 
     def _made(self, budget: int, peak: int, layout: Layout | None, chosen: Chosen) -> Plan:
         calls: dict[str, RegionPlan] = {}
@@ -218,12 +232,12 @@ def _measured(
     step: Callable[[], Tensor],
     optimizers: list[Optimizer],
     known: Callable[[], list[Tensor]],
-    planner: _Planner,
+    planner: Planner,
     plan: Plan,
 ) -> Plan:
     """Apply a plan and measure a step under it; where that is above the budget, choose anew for less."""
-    aim = plan.budget
-    for _ in range(_CORRECTIONS + 1):
+    corrections = Corrections(planner, plan)
+    while True:
         plan.apply(model)
         try:
             with restored(model, optimizers):
@@ -231,17 +245,49 @@ def _measured(
         except BaseException:
             plan.undo()
             raise
-        object.__setattr__(plan, "measured_peak", peak)
-        if peak <= plan.budget or plan.drops_nothing:
+        better = corrections.after(plan, peak)
+        if better is None:
             return plan
         plan.undo()
-        aim -= peak - plan.budget
-        plan = planner.plan(plan.budget, aim=aim)
-    raise BudgetTooSmall(
-        f"no plan was found that stays within {in_words(plan.budget)}",
-        what=f"the best one measured {in_words(plan.measured_peak or 0)}",
-        fix="a budget that is a few percent larger",
-    )
+        plan = better
+
+
+class Corrections:
+    """What follows when a step under a plan was measured: the plan holds, or another is tried for less.
+
+    Args:
+        planner: makes plans.
+        plan: the first one.
+    """
+
+    def __init__(self, planner: Planner, plan: Plan) -> None:
+        self._planner = planner
+        self._budget = self._aim = plan.budget
+        self._left = _CORRECTIONS
+        self._lowest: int | None = None
+
+    def after(self, plan: Plan, peak: int) -> Plan | None:
+        """Take a measured peak.
+
+        Returns:
+            None if the plan stays, else the one to try next.
+
+        Raises:
+            BudgetTooSmall: nothing is left to try; the plan is undone.
+        """
+        object.__setattr__(plan, "measured_peak", peak)
+        if peak <= self._budget:
+            return None
+        self._lowest = peak if self._lowest is None else min(self._lowest, peak)
+        self._aim -= peak - self._budget
+        if self._left > 0 and self._aim >= self._planner.smallest_budget:
+            self._left -= 1
+            return self._planner.plan(self._budget, aim=self._aim)
+        if self._left >= 0:
+            self._left = -1
+            return self._planner.leanest(self._budget)
+        plan.undo()
+        raise self._planner.too_small(self._budget, self._lowest)
 
 
 def peak_of(step: Callable[[], Any], known: Callable[[], list[Tensor]]) -> int:
