@@ -62,8 +62,9 @@ class Ledger(TorchDispatchMode):
 
     sees_replay = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
+        self._device = device
         self.entries: list[Entry] = []
         self.events: list[tuple[int, Entry]] = []
         self.marks: list[tuple[int, Any]] = []
@@ -120,11 +121,13 @@ class Ledger(TorchDispatchMode):
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
+        if self._device is not None and storage.device != self._device:
+            return
         found = self._live.get(storage._cdata)
         if found is None or found[0]() is None:
             if self._depth > 1:  # a copy that replay has made where no mode sees it
                 entry = self._add(storage, tensor, len(self.events) + 1, None)
-                self.events.append((entry.nbytes, entry))
+                self.happened(entry.nbytes, entry)
             else:
                 self._add(storage, tensor, 0, None)
 
@@ -132,6 +135,8 @@ class Ledger(TorchDispatchMode):
         if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
+        if self._device is not None and storage.device != self._device:
+            return
         found = self._live.get(storage._cdata)
         if found is None or found[0]() is None:
             entry = self._add(storage, tensor, len(self.events) + 1, operation)

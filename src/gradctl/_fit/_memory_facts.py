@@ -113,7 +113,7 @@ class _Course:
                         event += 1
                 elif word == "phase":
                     phase = value
-                elif word == "operation":
+                elif word == "call":
                     operation = int(value)
                 continue
             if change.device != self._device:
@@ -143,7 +143,7 @@ class _Course:
 
     def _at_peak(self, total: int, event: int, phase: str, operation: int) -> None:
         self.peak, self.phase = total, phase
-        operations = self._facts.ledger.operations
+        operations = self._facts.ledger.called
         self.operation = operations[operation] if operation < len(operations) else ("", None)
         live = dict(self._live)
         room = total - sum(self._now)

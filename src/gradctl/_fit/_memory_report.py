@@ -185,14 +185,12 @@ class MemoryReport:
 
 def size_text(nbytes: int) -> str:
     """Write bytes with three significant digits: `1.25 GiB`."""
-    size = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
+    size, unit = float(nbytes), "B"
+    for bigger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(size) < 1023.5:
             break
-        size /= 1024
-    else:
-        unit = "TiB"
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
+        size, unit = size / 1024, bigger
+    return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 999.5 else f"{size:.3g} {unit}"
 
 
 _ROWS: Final[dict[str, type]] = {

@@ -103,7 +103,7 @@ class _StepLedger(Ledger):
         self.phase: Phase = "forward"
         self.over = False
         self.copies: dict[int, int] = {}
-        self.operations: list[tuple[str, Place]] = []
+        self.called: list[tuple[str, Place]] = []
         self._places = _saved.Places(modules)
         self._of_node: dict[int, tuple[str | None, str | None]] = {}
         self._node = private.get("current_node")
@@ -120,8 +120,8 @@ class _StepLedger(Ledger):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         place = self._place()
         self.where = place
-        self.operations.append((str(func), place))
-        mark(f"operation {place.operation}")
+        self.called.append((str(func), place))
+        mark(f"call {place.operation}")
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if str(func) in _COPIES and isinstance(out, Tensor):
             made, source = self.known(out), self.known(args[0])
@@ -138,7 +138,7 @@ class _StepLedger(Ledger):
             died(entry.nbytes, entry.device)
 
     def _place(self) -> Place:
-        number = len(self.operations)
+        number = len(self.called)
         node = self._node()
         if node is not None:
             of = int(node._sequence_nr())
