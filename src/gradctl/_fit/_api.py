@@ -16,11 +16,11 @@ from torch.nn import Module
 from torch.optim import Optimizer
 
 from gradctl._errors import BudgetTooSmall, UsageError
-from gradctl._fit._allocator import Allocated
+from gradctl._fit._allocator import Allocated, name_of
 from gradctl._fit._layout import Layout
 from gradctl._fit._ledger import Ledger
 from gradctl._fit._plan import Plan, Region, in_words, parameters_of
-from gradctl._fit._profile import OTHER, Profile, profile
+from gradctl._fit._profile import OTHER, Profile, device_of, profile
 from gradctl._fit._segments import segment_modules
 from gradctl._fit._solve import Chosen, Costs, Frontiers, choose, frontiers, has_solver, least
 from gradctl._policy import parse_size
@@ -241,7 +241,7 @@ def _measured(
         plan.apply(model)
         try:
             with restored(model, optimizers):
-                peak = peak_of(step, known)
+                peak = peak_of(step, known, device_of(model))
         except BaseException:
             plan.undo()
             raise
@@ -290,23 +290,33 @@ class Corrections:
         raise self._planner.too_small(self._budget, self._lowest)
 
 
-def peak_of(step: Callable[[], Any], known: Callable[[], list[Tensor]]) -> int:
+def peak_of(step: Callable[[], Any], known: Callable[[], list[Tensor]], device: torch.device | None = None) -> int:
     """Run a step and return the most bytes that were alive in it, those that were there before included.
 
     Args:
         step: runs it.
         known: returns the tensors that are there; a function, because a list of them would keep what the step frees.
+        device: where; None for all together.
 
     Returns:
         The allocator's peak above the beginning, and what the ledger knows to have been there.
     """
-    ledger = Ledger()
+    with measuring(known, device) as found:
+        step()
+    return found[0]
+
+
+@contextmanager
+def measuring(known: Callable[[], list[Tensor]], device: torch.device | None = None) -> Generator[list[int]]:
+    """Measure the peak of what runs inside, as `peak_of` does; it is in the list when it is left without an error."""
+    ledger = Ledger(device)
     ledger.where = OTHER
     ledger.before(known())
     gc.collect()
+    found: list[int] = []
     with Allocated(known()) as seen, ledger:
-        step()
-    return ledger.standing() + seen.peak()
+        yield found
+    found.append(ledger.standing() + seen.peak(None if device is None else name_of(device)))
 
 
 def _prove(model: Module, step: Callable[[], Tensor], optimizers: list[Optimizer], plan: Plan, steps: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from gradctl._fit._allocator import Allocated
+from gradctl._fit._allocator import Allocated, name_of
 from gradctl._fit._forward import digest_of
 from gradctl._fit._ledger import OPERATION, Entry, Ledger
 from gradctl._fit._segments import cutting
@@ -257,7 +257,8 @@ def profile(
 @contextmanager
 def profiling(model: Module, modules: dict[str, Module], known: Callable[[], list[Tensor]]) -> Generator[Profile]:
     """Profile the step that runs inside; see `profile`. The profile is whole when it is left without an error."""
-    ledger = Ledger()
+    device = device_of(model)
+    ledger = Ledger(device)
     ledger.where = OTHER
     gc.collect()
     ledger.before(known())
@@ -285,17 +286,23 @@ def profiling(model: Module, modules: dict[str, Module], known: Callable[[], lis
         yield seen
     for tape in tapes:
         tape.settle()
-    _settle_work(seen, allocated)
+    _settle_work(seen, allocated, name_of(device))
 
 
-def _settle_work(seen: Profile, allocated: Allocated) -> None:
+def device_of(model: Module) -> torch.device:
+    """Return the device of a model: that of its first parameter."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _settle_work(seen: Profile, allocated: Allocated, device: str) -> None:
     """Note what allocators had given out beyond the ledger, by operation."""
     ledger = seen.ledger
     level = [0, *ledger.curve()[1:]]
     total = highest = before = 0
     work: dict[Any, int] = {}
     for change in allocated.changes:
-        total += change.nbytes
+        if change.device == device:
+            total += change.nbytes
         highest = max(highest, total)
         if change.mark is None or not change.mark.startswith(OPERATION):
             continue

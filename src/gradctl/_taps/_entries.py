@@ -92,6 +92,7 @@ retain_grad = AttributeTap("retain_grad", _at("torch:Tensor.retain_grad"))
 compile = AttributeTap("compile", _at("torch:compile"))
 dynamo_callback = AttributeTap("dynamo_callback", _at("torch._dynamo.eval_frame:_callback_from_stance"))
 load_library = AttributeTap("load_library", _at("torch:ops.load_library"))
+module_called = AttributeTap("module_called", _at("torch.nn:Module._call_impl"))
 jit_save = AttributeTap("jit_save", _at("torch._C:ScriptModule.save", "torch._C:ScriptModule.save_to_buffer"))
 functorch_grad = AttributeTap("functorch_grad", _everywhere("torch._functorch.eager_transforms:grad_increment_nesting"))
 functorch_jvp = AttributeTap("functorch_jvp", _everywhere("torch._functorch.eager_transforms:jvp_increment_nesting"))
@@ -143,6 +144,7 @@ ALL = (
     dynamo_callback,
     load_library,
     jit_save,
+    module_called,
     functorch_grad,
     functorch_jvp,
     dual_level,
