@@ -7,9 +7,23 @@ from typing import Any
 
 import torch
 
+from gradctl import _torch_private as private
 from gradctl._recompute._notes import Keep, RegionPlan
 from gradctl._recompute._storage import Verify
 from gradctl._recompute._tape import Recording, Tape, outer_hooks
+
+_no_dispatch = private.get("no_torch_dispatch")
+_leaf = torch.zeros(1, requires_grad=True)
+_alias = torch.ops.aten.alias.default
+
+
+def records_graphs() -> bool:
+    """Whether operations record a graph here: not under `no_grad`, nor where the process has switched them off.
+
+    `torch.is_grad_enabled()` tells the mode of the thread only; what an operation does tells the truth.
+    """
+    with _no_dispatch(), torch._C.DisableTorchFunction():
+        return bool(_alias(_leaf).requires_grad)
 
 
 def run(

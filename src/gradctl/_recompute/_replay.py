@@ -18,6 +18,7 @@ from gradctl._recompute._tape import Saved, Tape
 
 _no_modes = private.get("no_dispatch_modes")
 _below_autograd = private.get("below_autograd")
+_ask = private.find("graph_is_kept")
 
 
 def value(saved: Saved) -> Tensor:
@@ -48,7 +49,7 @@ def value(saved: Saved) -> Tensor:
 
 
 def _handed_out(tape: Tape, saved: Saved) -> Tensor:
-    """Return a saved tensor on a content that was made again; all of them share a version counter, as they would have."""
+    """Return a saved tensor on a content made again; all of them share a version counter, as they would have."""
     version, where = saved.version, saved.geometry
     found = tape.bases.get(version)
     if found is None:
@@ -66,11 +67,10 @@ def _handed_out(tape: Tape, saved: Saved) -> Tensor:
 
 def _graph_is_kept() -> bool:
     """Whether the graph may be walked again after the backward that is running now."""
-    ask = private.find("graph_is_kept")
-    if ask is None:
+    if _ask is None:
         return True
     try:
-        return bool(ask())
+        return bool(_ask())
     except RuntimeError:
         return True  # no backward is running: somebody looks at a node
 

@@ -119,6 +119,7 @@ class Tape:
         self._cut_at = iter(plan.cuts if plan is not None else ())
         self._next_cut = next(self._cut_at, -1)
         self.running = True
+        self.deaf = 0
         self._saved: list[weakref.ref[Saved]] = []
         self._passed: list[tuple[int, Version]] = []
         self._watched: frozenset[int] = frozenset()
@@ -128,6 +129,8 @@ class Tape:
 
     def run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operation, noting it where that may be needed."""
+        if self.deaf:
+            return function(*args, **kwargs)
         at = self.position
         self.position = at + 1
         plan = self.plan
@@ -319,10 +322,10 @@ class Tape:
     def pack(self, tensor: Tensor) -> Any:
         """Take a tensor that autograd saves: keep, pack or drop it."""
         if not _is_plain(tensor):
-            return Kept(tensor, self.outer)
+            return self._keep(tensor)
         version = self.known(tensor)
         if version is None or version.maker is None or not self._is_dropped(version, tensor):
-            return Kept(tensor, self.outer)
+            return self._keep(tensor)
         where = geometry(tensor)
         found = None
         if self.verify != "off" and version.packed is None and not _is_unwritten(version):
@@ -331,6 +334,14 @@ class Tape:
         saved = Saved(self, version, where, found)
         self._saved.append(weakref.ref(saved))
         return saved
+
+    def _keep(self, tensor: Tensor) -> Kept:
+        """Keep a tensor; what the hooks around the region do with it is no part of the region."""
+        self.deaf += 1
+        try:
+            return Kept(tensor, self.outer)
+        finally:
+            self.deaf -= 1
 
     def _is_dropped(self, version: Version, tensor: Tensor) -> bool:
         assert version.maker is not None
