@@ -41,7 +41,7 @@ for step in range(24):
 """
 
 
-def _through(body: str, before: str = "", more: str = "") -> str:
+def through(body: str, before: str = "", more: str = "") -> str:
     """A net whose hidden value passes `body`, a function of `h`."""
     return _HEAD + before + f"\nnet.through = lambda h: {body}\n" + _LOOP.format(more=more)
 
@@ -101,35 +101,35 @@ for step in range(24):
 """
 
 HEALTHY = {
-    "stop": _through("gradctl.stop(h)"),
-    "stop_of_a_tuple": _through("gradctl.stop((h, h))[0]"),
-    "stop_in_a_helper": _through("hold(h)", "def hold(h):\n    return gradctl.stop(h)\n"),
-    "stop_of_a_target": _through("h", more=" + F.mse_loss(net(x), gradctl.stop(net(x + 1)))"),
-    "stop_of_a_term": _through("h", more=" + gradctl.stop(net.encoder(x)).pow(2).mean()"),
-    "stop_of_one_way": _through("torch.cat([h[:, :4], gradctl.stop(h[:, 4:])], 1)"),
-    "stop_twice": _through("gradctl.stop(gradctl.stop(h) + 1)"),
-    "stop_after_an_older_detach": _through("gradctl.stop(h.detach())"),
-    "scale_by_zero": _through("gradctl.scale(h, 0)"),
-    "scale_by_a_zero_tensor": _through("gradctl.scale(h, torch.zeros(()))"),
-    "scale_small": _through("gradctl.scale(h, 1e-22)"),
-    "reverse": _through("gradctl.reverse(h)"),
-    "reverse_by_nothing": _through("gradctl.reverse(h, 0.0)"),
-    "clip_norm": _through("gradctl.clip(h, norm=1e-3)"),
-    "clip_value": _through("gradctl.clip(h, value=1e-3)"),
-    "clip_tiny": _through("gradctl.clip(h, norm=1e-25)"),
-    "straight_through": _through("gradctl.straight_through(torch.round, h)"),
-    "straight_through_a_value": _through("gradctl.straight_through(h.round(), h)"),
-    "straight_through_sign": _through("gradctl.straight_through(torch.sign, h, backward='clipped')"),
-    "straight_through_all_outside": _through(
+    "stop": through("gradctl.stop(h)"),
+    "stop_of_a_tuple": through("gradctl.stop((h, h))[0]"),
+    "stop_in_a_helper": through("hold(h)", "def hold(h):\n    return gradctl.stop(h)\n"),
+    "stop_of_a_target": through("h", more=" + F.mse_loss(net(x), gradctl.stop(net(x + 1)))"),
+    "stop_of_a_term": through("h", more=" + gradctl.stop(net.encoder(x)).pow(2).mean()"),
+    "stop_of_one_way": through("torch.cat([h[:, :4], gradctl.stop(h[:, 4:])], 1)"),
+    "stop_twice": through("gradctl.stop(gradctl.stop(h) + 1)"),
+    "stop_after_an_older_detach": through("gradctl.stop(h.detach())"),
+    "scale_by_zero": through("gradctl.scale(h, 0)"),
+    "scale_by_a_zero_tensor": through("gradctl.scale(h, torch.zeros(()))"),
+    "scale_small": through("gradctl.scale(h, 1e-22)"),
+    "reverse": through("gradctl.reverse(h)"),
+    "reverse_by_nothing": through("gradctl.reverse(h, 0.0)"),
+    "clip_norm": through("gradctl.clip(h, norm=1e-3)"),
+    "clip_value": through("gradctl.clip(h, value=1e-3)"),
+    "clip_tiny": through("gradctl.clip(h, norm=1e-25)"),
+    "straight_through": through("gradctl.straight_through(torch.round, h)"),
+    "straight_through_a_value": through("gradctl.straight_through(h.round(), h)"),
+    "straight_through_sign": through("gradctl.straight_through(torch.sign, h, backward='clipped')"),
+    "straight_through_all_outside": through(
         "gradctl.straight_through(torch.sign, h + 9, backward='clipped', bounds=(-1, 1))"
     ),
-    "replace": _through("gradctl.replace(net.middle(h), gradient_of=h)"),
-    "replace_without_the_first": _through("gradctl.replace(h, gradient_of=net.middle(x @ torch.ones(4, 8)))"),
-    "replace_by_what_is_detached": _through("gradctl.replace(net.middle(h).detach(), gradient_of=h)").replace(
+    "replace": through("gradctl.replace(net.middle(h), gradient_of=h)"),
+    "replace_without_the_first": through("gradctl.replace(h, gradient_of=net.middle(x @ torch.ones(4, 8)))"),
+    "replace_by_what_is_detached": through("gradctl.replace(net.middle(h).detach(), gradient_of=h)").replace(
         "torch.tanh(self.middle(h))", "torch.tanh(h)"
     ),
-    "custom_vjp": _through("square(h)", _SQUARE.replace("torch.zeros_like(grad)", "2 * inputs[0] * grad")),
-    "custom_vjp_of_zeros": _through("square(h)", _SQUARE),
+    "custom_vjp": through("square(h)", _SQUARE.replace("torch.zeros_like(grad)", "2 * inputs[0] * grad")),
+    "custom_vjp_of_zeros": through("square(h)", _SQUARE),
     "freeze": _trained('gradctl.freeze(net, "encoder.*")\n' + _LOOP.format(more="")),
     "freeze_after_the_optimizer": _trained(
         _LOOP.format(more="").replace("for step", 'gradctl.freeze(net, "encoder.*")\nfor step')
@@ -166,8 +166,8 @@ HEALTHY = {
     "unfreeze_by_step_the_rest_frozen": _trained(_SCHEDULE.format(steps='{"head.*": 0, "middle.*": 6}')),
     "unfreeze_by_step_late": _trained(_SCHEDULE.format(steps='{"head.*": 0, "middle.*": 6, "encoder.*": 500}')),
     "recompute": _trained("recompute(net.middle)\n" + _LOOP.format(more="")),
-    "recompute_a_function": _through("again(h)", "again = recompute(lambda h: torch.sin(net.middle(h)))\n"),
-    "recompute_with_a_stop_inside": _through("again(h)", "again = recompute(lambda h: net.middle(gradctl.stop(h)))\n"),
+    "recompute_a_function": through("again(h)", "again = recompute(lambda h: torch.sin(net.middle(h)))\n"),
+    "recompute_with_a_stop_inside": through("again(h)", "again = recompute(lambda h: net.middle(gradctl.stop(h)))\n"),
     "step_plain": _trained(_STEP.format(optimizer="SGD", options="accumulate=2, items='rows'", batches=2)),
     "step_clip": _trained(_STEP.format(optimizer="SGD", options="accumulate=2, items='rows', clip=1e-2", batches=2)),
     "step_clip_value": _trained(
@@ -198,30 +198,30 @@ HEALTHY = {
 """By name: each is healthy, whatever does not train in it."""
 
 BUGS = {
-    "a detach behind scale": ("detach", _through("gradctl.scale(\n    h.detach(),  # cause\n    0.5)")),
-    "a detach in front of clip": ("detach", _through("gradctl.clip(h, norm=1.0)\\\n    .detach()  # cause")),
+    "a detach behind scale": ("detach", through("gradctl.scale(\n    h.detach(),  # cause\n    0.5)")),
+    "a detach in front of clip": ("detach", through("gradctl.clip(h, norm=1.0)\\\n    .detach()  # cause")),
     "a detach beside a stop": (
         "detach",
-        _through("gradctl.stop(h) + h\\\n    .detach()  # cause"),
+        through("gradctl.stop(h) + h\\\n    .detach()  # cause"),
     ),
-    "a round behind reverse": ("zero_grad_sign", _through("gradctl.reverse(h\n    .round(),  # cause\n    0.5)")),
+    "a round behind reverse": ("zero_grad_sign", through("gradctl.reverse(h\n    .round(),  # cause\n    0.5)")),
     "no_grad around a reversed value": (
         "no_grad",
-        _through(
+        through(
             "held(h)",
             "def held(h):\n    with torch.no_grad():  # cause\n        return gradctl.reverse(h * 2)\n",
         ),
     ),
     "a detach inside a function that straight_through calls for its gradient": (
         "detach",
-        _through(
+        through(
             "gradctl.straight_through(torch.round, h, backward=soft)",
             "def soft(h):\n    return torch.tanh(h.detach()) + net.middle.bias  # cause\n",
         ),
     ),
     "a detach inside of a recomputed function": (
         "detach",
-        _through("again(h)", "def cut(h):\n    return net.middle(h.detach())  # cause\nagain = recompute(cut)\n"),
+        through("again(h)", "def cut(h):\n    return net.middle(h.detach())  # cause\nagain = recompute(cut)\n"),
     ),
     "a detach in the loss function of a Step": (
         "detach",

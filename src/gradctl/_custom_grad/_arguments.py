@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradctl import _torch_private as private
 from gradctl._errors import UsageError
+from gradctl._journal import heard_by, keeps_away
 
 pytree: Any = private.get("pytree")
 
@@ -93,3 +94,9 @@ def same(call: str, name: str, x: Tensor, other_name: str, other: Tensor) -> Non
 def word(dtype: torch.dtype) -> str:
     """Return `float32` for `torch.float32`."""
     return str(dtype).removeprefix("torch.")
+
+
+def say_kept_away(value: Tensor, how: Literal["none", "zero"]) -> None:
+    """Say to whoever records the program that it keeps the gradient of a value away; costs a look at an empty list."""
+    if not torch.compiler.is_compiling() and heard_by and value.requires_grad:
+        keeps_away(value, how)

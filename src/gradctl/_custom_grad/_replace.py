@@ -71,4 +71,5 @@ def replace(value: Tensor, *, gradient_of: Tensor) -> Tensor:
     arguments.differentiable("replace", "value", value)
     arguments.differentiable("replace", "gradient_of", gradient_of)
     arguments.same("replace", "value", value, "gradient_of", gradient_of)
+    arguments.say_kept_away(value, "none")
     return carry(REPLACE, value, gradient_of)

@@ -139,7 +139,10 @@ def _scaled(call: str, x: Tensor, s: Any) -> Tensor:
         _factor(call, "s", s)
         _broadcasts(call, x, s)
         return carry(SCALE_BY, x, s)
-    return carry(SCALE, x, arguments.real(call, "s", s))
+    factor = arguments.real(call, "s", s)
+    if factor == 0.0:
+        arguments.say_kept_away(x, "zero")
+    return carry(SCALE, x, factor)
 
 
 def _factor(call: str, name: str, s: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from gradctl._custom_grad import _arguments as arguments
 from gradctl._custom_grad._arguments import pytree
 from gradctl._errors import UsageError
 
@@ -27,7 +28,7 @@ def stop(x: T) -> T:
     Source: `jax.lax.stop_gradient`. Differs: refuses an `x` without any tensor.
     """
     if isinstance(x, Tensor):
-        return x.detach()  # pyright: ignore[reportReturnType]
+        return _stopped(x)  # pyright: ignore[reportReturnType]
     leaves, spec = pytree.tree_flatten(x)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise UsageError(
@@ -35,4 +36,9 @@ def stop(x: T) -> T:
             why="nothing in it could have a gradient",
             fix="leave the call out, or pass the tensor",
         )
-    return pytree.tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+    return pytree.tree_unflatten([_stopped(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _stopped(x: Tensor) -> Tensor:
+    arguments.say_kept_away(x, "none")
+    return x.detach()

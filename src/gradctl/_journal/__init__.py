@@ -7,6 +7,7 @@ Nothing that is read is ever executed.
 
 from __future__ import annotations
 
+from gradctl._journal._kept_away import Hearing, heard_by, keeps_away
 from gradctl._journal._norms import PACK_ABOVE, decode_norms, encode_norms
 from gradctl._journal._reader import LINE_LIMIT, Run, read
 from gradctl._journal._records import (
@@ -36,6 +37,7 @@ __all__ = [
     "Clip",
     "End",
     "Event",
+    "Hearing",
     "Journal",
     "JournalWriter",
     "Maxima",
@@ -49,6 +51,8 @@ __all__ = [
     "decode_norms",
     "emit",
     "encode_norms",
+    "heard_by",
+    "keeps_away",
     "read",
     "set_current",
 ]

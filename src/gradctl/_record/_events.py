@@ -27,9 +27,16 @@ class Events:
     Args:
         journal: where they are written.
         name: returns a name for each of some tensors that no optimizer holds.
+        meant: writes what an optimizer's tensors lack because the program says so; called before what they lack.
     """
 
-    def __init__(self, journal: JournalWriter, name: Callable[[Sequence[Tensor]], list[str | None]]) -> None:
+    def __init__(
+        self,
+        journal: JournalWriter,
+        name: Callable[[Sequence[Tensor]], list[str | None]],
+        meant: Callable[[OptimizerState], None],
+    ) -> None:
+        self._meant = meant
         self._journal = journal
         self._name = name
         self._outside: dict[int, weakref.ref[Tensor]] = {}
@@ -96,6 +103,7 @@ class Events:
 
     def none(self, state: OptimizerState) -> None:
         """Write which parameters have never got a gradient, if that is other than what was written last."""
+        self._meant(state)
         missing = sorted(state.never)
         if (not missing and state.none_written <= 0) or len(missing) == state.none_written:
             return

@@ -23,6 +23,7 @@ from gradctl._record._ending import MAX_ALIKE, MAX_OPTIMIZERS, not_seen, totals
 from gradctl._record._fallback import BackwardStream, Stand
 from gradctl._record._faults import Faults
 from gradctl._record._gradients import parameters_of
+from gradctl._record._kept_away import KeptAway
 from gradctl._record._losses import Losses
 from gradctl._record._norms import NormTier, gradient_getter
 from gradctl._record._order import Order
@@ -76,7 +77,8 @@ class Recorder:
         self._lock = threading.RLock()
         self._names = NameBook()
         self._describer = Describer(journal, self._names, self.costs)
-        self._events = _events.Events(journal, self._describer.name)
+        self._kept_away = KeptAway(journal, self.faults)
+        self._events = _events.Events(journal, self._describer.name, self._kept_away.write)
         self._stamps: list[Any] = []
         self._hot = _hot.Hot()
         self._losses = Losses(self._hot, self.faults, self._bad_loss)
@@ -170,6 +172,7 @@ class Recorder:
             ("torch.func", lambda: _taps.functorch_grad.subscribe(self._wrap_functorch, order="record")),
             ("DDP times", lambda: _taps.ddp_created.subscribe(self._ddp.wrap, order="record")),
             ("torch.compile", self._compiler.install),
+            ("gradients kept away", self._kept_away.listen),
         ]
         if torch.distributed.is_available():
             taps.append(
@@ -238,6 +241,7 @@ class Recorder:
         self._drain.forget()
         self._rows.waiting.clear()
         self._events.forget()
+        self._kept_away.forget()
         self._order.after_fork_in_child()
         self._forget_states()
         self._stream = self._new_stream()
@@ -265,6 +269,7 @@ class Recorder:
         self._stamps.clear()
         self._created.clear()
         self._events.forget()
+        self._kept_away.forget()
         self._rows.waiting.clear()
         self._names.stop()
 

@@ -354,7 +354,8 @@ def zeros(facts: Facts, training: Training) -> Iterator[Finding]:
     looked, whole_run = sum(step > training.steps - tail for step in steps), len(steps) >= ROWS_TO_JUDGE
     quiet = {i: since for i, since in training.zero_since.items() if training.steps - since + 1 >= tail}
     # what is born at zero holds its neighbours at zero for a step or two, so "always" begins with the third
-    quiet = {i: since for i, since in quiet.items() if looked >= 6 or (since <= 3 and whole_run)}
+    meant = training.kept_away("zero")
+    quiet = {i: s for i, s in quiet.items() if i not in meant and (looked >= 6 or (s <= 3 and whole_run))}
     if not quiet:
         return
     since = max(quiet.values())

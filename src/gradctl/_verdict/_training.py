@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradctl._journal import Block, Event, Journal, Maxima, OptimizerRecord, Row, RunRecord
 
@@ -129,6 +129,8 @@ class Training:
         """
         if self.record.source == "backward" and (self.steps < 3 or not self.measured):
             return 0, ()
+        if any(e.data.get("what") == "gradients" for e in self.journal.named("not_seen")):
+            return 0, ()  # they were applied and dropped where nobody sees them
         told = [e for e in self.journal.named("none") if e.o in (None, self.id)]
         if not told:
             return 0, ()
@@ -137,7 +139,23 @@ class Training:
         reached = {self.record.name(i) for i in self.seen}
         left = tuple(name for name in names if name not in reached)
         count = max(whole(last.data.get("count"), len(names)) - (len(names) - len(left)), len(left))
-        return min(count, max(self.tensors, len(left))), left
+        count = min(count, max(self.tensors, len(left)))
+        meant = self.kept_away("none") - self.seen
+        if meant and count < self.tensors - max(0, self.record.frozen):  # nobody means to train nothing at all
+            said = {self.record.name(i) for i in meant}
+            left = tuple(name for name in left if name not in said)
+            count = max(count - len(meant), len(left))
+        return count, left
+
+    def kept_away(self, how: Literal["none", "zero"]) -> frozenset[int]:
+        """Return the tensors from which the program keeps the gradient by a call of gradctl.
+
+        Args:
+            how: what comes back instead: no gradient, or one of zeros.
+        """
+        told = [e for e in self.journal.named("kept_away") if e.o == self.id and e.data.get("how") == how]
+        listed: Any = told[-1].data.get("tensors") if told else None
+        return frozenset(i for i in listed if isinstance(i, int)) if isinstance(listed, list) else frozenset()
 
     @cached_property
     def expected(self) -> int:
