@@ -26,11 +26,11 @@ WARNINGS = {"TornStepWarning"}
 VERBS = {"explain", "off", "is_off", "record", "watch"}
 CALLS = {
     "backward_with", "check", "clip", "custom_vjp", "freeze", "ggnvp", "gradient_noise_scale", "gradient_penalty",
-    "hessian_diagonal", "hvp", "jacobian", "jvp", "per_sample_grads", "per_sample_norms", "precision", "replace",
-    "reverse", "scale", "sharpness", "stop", "straight_through", "trainable", "unfreeze", "unfreeze_by_step",
+    "hessian_diagonal", "hvp", "jacobian", "jvp", "memory", "per_sample_grads", "per_sample_norms", "precision",
+    "replace", "reverse", "scale", "sharpness", "stop", "straight_through", "trainable", "unfreeze", "unfreeze_by_step",
     "unrolled", "vjp",
 }  # fmt: skip
-OBJECTS = {"GGNOperator", "HessianOperator", "JacobianOperator", "Step"}
+OBJECTS = {"GGNOperator", "HessianOperator", "JacobianOperator", "MemoryReport", "Step"}
 MODULES = {"callbacks", "testing"}
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "HessianOperator",
     "JacobianOperator",
     "Journal",
+    "MemoryReport",
     "NoSecondDerivative",
     "NonFiniteGradient",
     "NotPerSample",
@@ -56,6 +57,7 @@ __all__ = [
     "is_off",
     "jacobian",
     "jvp",
+    "memory",
     "off",
     "per_sample_grads",
     "per_sample_norms",
@@ -122,6 +124,7 @@ if TYPE_CHECKING:
         WrongGradient,
     )
     from gradctl._explain import explain, watch
+    from gradctl._fit import MemoryReport, memory
     from gradctl._freeze import freeze, trainable, unfreeze, unfreeze_by_step
     from gradctl._journal import Journal
     from gradctl._off import is_off, off
@@ -139,6 +142,8 @@ else:
         "is_off": "_off",
         "off": "_off",
         "record": "_run",
+        "MemoryReport": "_fit",
+        "memory": "_fit",
         "freeze": "_freeze",
         "unfreeze": "_freeze",
         "unfreeze_by_step": "_freeze",

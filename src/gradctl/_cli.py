@@ -188,6 +188,7 @@ def gradctl() -> None:
     gradctl run --grad off serve.py      no gradients, in any thread or child
     gradctl report gradctl-runs/...      look at a run again
     gradctl explain train.py             which line loses the gradient?
+    gradctl memory train.py              where are the bytes of a step?
     gradctl cause detach                 about one cause
 
     \b
@@ -334,6 +335,50 @@ def explain(
     elif not found.findings or found.exit_code not in (ExitCode.CLEAN, ExitCode.FINDINGS):
         click.echo(f"gradctl: {found.sentence}", err=True)
     return found.exit_code
+
+
+@gradctl.command(cls=_RunCommand, options_metavar="[OPTIONS]", short_help="Say where the bytes of one step are.")
+@click.option("--step", metavar="N", type=click.IntRange(min=2), default=3, help="The step to measure.  [default: 3]")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write gradctl.memory/1; `-` prints only that, the script on stderr."
+)
+@click.option("--pickle", "pickle_file", metavar="FILE", help="Write a snapshot for pytorch.org/memory_viz.")
+@click.option("--out", metavar="DIR", help="The run directory.  [default: gradctl-runs/<script>-<UTC time>]")
+@click.option("--no-report", "report", flag_value=False, is_flag=True, default=None, help="Draw no page at the end.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="(SCRIPT | -m MODULE | -c CODE) [ARGS]...")
+@click.pass_context
+def memory(
+    ctx: click.Context,
+    /,
+    command: tuple[str, ...],
+    step: int,
+    json_file: str | None,
+    pickle_file: str | None,
+    **flags: object,
+) -> None:
+    """Run SCRIPT as `gradctl run` would, and say where the bytes of one of its steps are.
+
+    Step N is what runs between the optimizer's step N-1 and its step N. The report goes to stderr when the script ends:
+    what is alive at the peak and what is saved for backward, by module and line. The exit code is the script's.
+    """
+    script = script_name(command)
+    if script is None:
+        ctx.fail("Missing SCRIPT, -m MODULE or -c CODE: what to measure.")
+    told: dict[str, Any] = {"step": step}
+    for key, file in (("json", json_file), ("pickle", pickle_file)):
+        if file is not None and (file != "-" or key == "pickle"):
+            _check_free(file)
+            told[key] = os.path.abspath(file)
+    from gradctl import _policy, _run
+
+    settings = _policy.resolve(flags=flags)
+    if settings.grad == "off":
+        raise UsageError("without gradients there is no step to measure", fix="leave out grad = off of the policy file")
+    if json_file == "-":
+        told["descriptor"] = os.dup(1)
+        os.set_inheritable(told["descriptor"], True)
+        os.dup2(2, 1)
+    _run.start(command, settings, script, memory=told)
 
 
 @gradctl.command(short_help="Tell about one cause, or list them all.")

@@ -144,7 +144,7 @@ def _watched(storage: Any) -> Any:
 
 def name_of(device: torch.device) -> str:
     """Return how a device is called here and in a ledger: `cpu`, `cuda:0`."""
-    return device.type if device.index is None else str(device)
+    return device.type if device.index is None else str(device)  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def _in_order(threads: Any) -> list[Change]:

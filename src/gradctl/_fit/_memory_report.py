@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Literal
 
 from gradctl._errors import UsageError
@@ -157,6 +157,10 @@ class MemoryReport:
         """Return what is alive at the peak by what it is."""
         return dict(zip(CATEGORIES, self.at_peak, strict=True))
 
+    def noting(self, remark: str) -> MemoryReport:
+        """Return it with one remark more."""
+        return replace(self, remarks=(*self.remarks, remark))
+
     def to_json(self) -> dict[str, Any]:
         """Return it as `gradctl.memory/1`: plain data that `json.dumps` takes."""
         return {"schema": SCHEMA, "categories": list(CATEGORIES), **json.loads(json.dumps(asdict(self)))}
@@ -305,6 +309,8 @@ def _lines(report: MemoryReport) -> Iterable[str]:
 
 def _table(rows: Iterable[tuple[str, int]], whole: int) -> Iterable[str]:
     for where, nbytes in rows:
+        if not nbytes:
+            continue  # shares its storages with places above
         shown = where if len(where) <= 60 else ".." + where[-58:]
         yield f"    {shown:<60} {size_text(nbytes):>10}  {_share(nbytes, whole)}"
 

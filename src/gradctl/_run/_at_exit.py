@@ -59,7 +59,11 @@ def main_process_ends(settings: Mapping[str, Any], status: tuple[Any, ...] | Non
             (directory / _directory.NOT_SEEN).unlink(missing_ok=True)
             _directory.tidy(directory)
             if speaks or settings["report"]:
-                _draw(directory, speaks=speaks, page=settings["report"])
+                # Of a run whose memory was measured the terminal has the report already.
+                measured = settings.get("memory") is not None
+                _draw(directory, speaks=speaks and not measured, page=settings["report"])
+                if measured and speaks and settings["report"]:
+                    say(f"gradctl: page {directory / 'report.html'}")
             return
         (directory / _directory.NOT_SEEN).unlink(missing_ok=True)
         _directory.tidy(directory)

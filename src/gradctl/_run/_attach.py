@@ -13,7 +13,9 @@ from typing import Any
 
 from gradctl import __version__, _journal, _taps
 from gradctl._run import _at_exit, _exit_status, _traced, _unseen
+from gradctl._run._metered import metered
 from gradctl._run._nonfinite import explainer
+from gradctl._run._planned import planned
 from gradctl._run._process import ProcessJournal
 from gradctl._run._watched import watcher
 
@@ -32,6 +34,7 @@ class Listening:
         self.settings = settings
         self._leaving = leaving
         self.is_main = settings["main_pid"] == os.getpid()
+        told = settings.get("memory")
         self.journal = ProcessJournal(
             Path(settings["out"]),
             settings,
@@ -42,7 +45,8 @@ class Listening:
             self.journal,
             budget=settings["budget"],
             on_nonfinite=settings["on_nonfinite"],
-            watch_steps=settings["watch_steps"],
+            # Of a run whose memory is measured, the steps before: a recorder allocates too.
+            watch_steps=settings["watch_steps"] if told is None else told["step"] - 1,
             lines=settings["lines"],
         )
         self._watcher = (
@@ -62,6 +66,8 @@ class Listening:
         self._explainer = explainer(policy, self.journal, settings["script"], self._say)
         if self._explainer is not None:
             self.journal.on_event = self._explainer.heard
+        self._metered = metered(told, self.journal, self._say, rank=settings["rank"]) if self.is_main else None
+        self._planned = planned(settings.get("plan"), self.journal, self._say) if self.is_main else None
         self._ended = False
 
     def begin(self) -> None:
@@ -79,15 +85,21 @@ class Listening:
         _unseen.listen(self.journal)
         if self._watcher is not None:
             self._watcher.begin()
+        if self._metered is not None:
+            self._metered.begin()
 
     def end(self, how: str, code: int | None) -> None:
         """Write the end record; only once, and not in a child that has recorded nothing."""
         if self._ended:
             return
         self._ended = True
+        if self._metered is not None:
+            self._metered.end()
         self.recorder.settle()
         if self._explainer is not None:
             self._explainer.stop()
+        if self._planned is not None:
+            self._planned.end()
         if self._watcher is not None:
             self._watcher.end(_exit_status.last_error())
         if self.is_main or self.journal.started:
@@ -120,6 +132,8 @@ class Listening:
             self._explainer.drop()
         if self._watcher is not None:
             self._watcher.drop()
+        if self._metered is not None:
+            self._metered.drop()
         self.journal.forget()
         self.recorder.after_fork_in_child()
         self.journal.forget()

@@ -7,12 +7,13 @@ arguments, exit code and signals are the script's own, because there is no other
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from gradctl._errors import GradctlError, UsageError
 from gradctl._policy import Policy
@@ -22,15 +23,17 @@ from gradctl._run._redact import redact
 
 UNSEEN = {"E": "PYTHONPATH is ignored", "I": "PYTHONPATH is ignored", "S": "`site` is left out"}
 _WITH_VALUE = "WX"
+PLAN_SCHEMA = "gradctl.plan/1"
 
 
-def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
+def start(command: Sequence[str], policy: Policy, script: str, *, memory: Mapping[str, Any] | None = None) -> NoReturn:
     """Replace this process by `python COMMAND`, with gradctl waiting in it for torch.
 
     Args:
         command: what the interpreter gets: its own flags, then SCRIPT, `-m MODULE` or `-c CODE`, then their arguments.
         policy: how the run treats gradients and what it leaves behind.
         script: what stands for the script in `command`: its path, the module, `-` or `-c`.
+        memory: which step's memory is measured, and where the report goes; see `_metered`.
 
     Raises:
         GradctlError: this system cannot replace a process.
@@ -45,10 +48,16 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
         )
     flags, kind = split(command, script)
     if kind == "file":
-        check_script(script)
+        check_script(script, verb="run" if memory is None else "memory")
+    if policy.plan is not None:
+        check_plan(policy.plan)
     environment = dict(os.environ)
     lost = hiding(flags)
     if lost is not None:
+        if memory is not None:
+            raise UsageError(
+                f"nothing can be measured under `python -{lost}`", why=UNSEEN[lost], fix=f"leave -{lost} out"
+            )
         if policy.grad == "off":
             raise UsageError(
                 f"gradients cannot be kept off under `python -{lost}`",
@@ -61,11 +70,33 @@ def start(command: Sequence[str], policy: Policy, script: str) -> NoReturn:
     else:
         rank = _launcher.find(environment)
         directory = _directory.make(policy, display_name(script), rank)
-        inject(environment, told(command[len(flags) :], policy, script, rank, directory))
+        settings = told(command[len(flags) :], policy, script, rank, directory)
+        inject(environment, settings if memory is None else {**settings, "memory": dict(memory)})
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]  (closed by whoever started us)
             stream.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def check_plan(path: Path) -> None:
+    """Check that a file is a plan, as far as that needs no torch.
+
+    Raises:
+        UsageError: it cannot be read, or is something else.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError) as fault:
+        raise UsageError(
+            f"{path} cannot be read as a plan", what=str(fault), fix="pass what gradctl fit -o wrote"
+        ) from fault
+    schema: object = cast("dict[str, object]", data).get("schema") if isinstance(data, dict) else None
+    if schema != PLAN_SCHEMA:
+        raise UsageError(
+            f"{path} is no plan",
+            what=f"its schema is {schema!r}, not {PLAN_SCHEMA!r}",
+            fix="pass what gradctl fit -o wrote",
+        )
 
 
 def told(
@@ -88,6 +119,7 @@ def told(
         "grad": policy.grad,
         "on_nonfinite": policy.on_nonfinite,
         "watch_steps": policy.watch_steps,
+        "plan": None if policy.plan is None else os.path.abspath(policy.plan),
         "lines": policy.lines,
         "report": policy.report,
         "quiet": policy.quiet,
