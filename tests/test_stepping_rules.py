@@ -14,7 +14,7 @@ from gradctl._journal import Run
 from gradctl._record import _loops
 from gradctl._results import Finding
 from gradctl._verdict import STEPPING, judge
-from gradctl._verdict._stepping import divided, scaled, stepped
+from gradctl._verdict._lines import divided, scaled, stepped
 
 Told = tuple[float, dict[str, Any]]
 

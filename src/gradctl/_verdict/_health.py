@@ -14,8 +14,8 @@ from statistics import median
 from gradctl._results import Finding, Severity
 from gradctl._verdict._facts import Facts
 from gradctl._verdict._fixes import finding
+from gradctl._verdict._lines import step_line
 from gradctl._verdict._loss import trend
-from gradctl._verdict._stepping import step_line
 from gradctl._verdict._training import Training, command, real, short_name, texts, whole
 from gradctl._verdict._words import count, named, number, percent
 

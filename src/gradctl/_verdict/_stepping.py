@@ -7,18 +7,28 @@ silent about what a library calls, what the program edits by hand, and what may 
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
-from gradctl._results import Finding, Severity, Span
+from gradctl._results import Finding
 from gradctl._verdict._facts import Facts
-from gradctl._verdict._groups import STEADY, Group, Op, Order
+from gradctl._verdict._groups import STEADY, Group, Op
+from gradctl._verdict._lines import (
+    as_written,
+    divided,
+    first_of,
+    is_habit,
+    names_of,
+    numbers_of,
+    says,
+    scaled,
+    share_of,
+    stepped,
+    text_of,
+    total_of,
+)
 from gradctl._verdict._training import Training, real, whole
-from gradctl._verdict._words import count, number, percent
-
-Places = tuple[tuple[int, str], ...]
+from gradctl._verdict._words import count, number
 
 
 def undivided_loss(facts: Facts, training: Training) -> Iterator[Finding]:
@@ -28,16 +38,16 @@ def undivided_loss(facts: Facts, training: Training) -> Iterator[Finding]:
     if accumulation is None:
         return
     size, site = accumulation
-    hits = _times(g for g in order.groups if _is_undivided(g))
-    if hits < 2 or hits < STEADY * _times(g for g in order.groups if g.microbatches):
+    hits = total_of(g for g in order.groups if _is_undivided(g))
+    if hits < 2 or hits < STEADY * total_of(g for g in order.groups if g.microbatches):
         return
     text = order.sites[site].text if site in order.sites else ""
-    yield from _says(
+    yield from says(
         facts, order, "undivided-loss", site,
         f"{size} microbatches add up to one step, and the mean of each is not divided by {size}",
         f"The gradient of a step is {size} times that of one big batch: SGD steps {size} times as far, clipping and "
         "weight decay act at another strength, and Adam hides it.",
-        _written("divide it", divided(text, size), "the loss of each by their number, or sum and divide by all rows"),
+        as_written("divide it", divided(text, size), "the loss of each by their number, or sum and divide by all rows"),
         also=((order.step_site, "step"),), measured={"microbatches": size},
     )  # fmt: skip
 
@@ -51,11 +61,11 @@ def clip_before_unscale(facts: Facts, training: Training) -> Iterator[Finding]:
     """Gradients are clipped while they are still multiplied by the loss scale."""
     order = training.order
     found = [(group, clip) for group in order.groups for clip in _clips_scaled(group)]
-    hits = _times(group for group, _ in found)
-    if not _is_habit(hits, order):
+    hits = total_of(group for group, _ in found)
+    if not is_habit(hits, order):
         return
     group, clip = found[0]
-    scaler, optimizer = _names(order, group)
+    scaler, optimizer = names_of(order, group)
     why = "The limit is meant for gradients as they are; here they are still multiplied by the loss scale."
     if group.norm and group.limit and group.scale and group.norm > group.limit > 0:
         true = group.norm / group.scale
@@ -64,12 +74,12 @@ def clip_before_unscale(facts: Facts, training: Training) -> Iterator[Finding]:
             f"The norm it saw was {number(group.norm)}: {number(true)} times the loss scale of {number(group.scale)}. "
             f"It cut the update to {number(update)} of what it should be."
         )
-    yield from _says(
+    yield from says(
         facts, order, "clip-before-unscale", clip.site,
-        f"Gradients are clipped before they are unscaled, in {_of(hits, order)}", why,
-        f"unscale on the line before:\n{scaler}.unscale_({optimizer})\n{_text(order, clip.site)}",
+        f"Gradients are clipped before they are unscaled, in {share_of(hits, order)}", why,
+        f"unscale on the line before:\n{scaler}.unscale_({optimizer})\n{text_of(order, clip.site)}",
         also=((group.ops[group.scaler_step].site if group.scaler_step is not None else -1, "unscales"),),
-        measured=_measured(norm=group.norm, limit=group.limit, scale=group.scale),
+        measured=numbers_of(norm=group.norm, limit=group.limit, scale=group.scale),
     )  # fmt: skip
 
 
@@ -88,17 +98,17 @@ def clip_per_microbatch(facts: Facts, training: Training) -> Iterator[Finding]:
     """What has been accumulated so far is clipped again after each microbatch."""
     order = training.order
     found = [(group, sites) for group in order.groups if (sites := _clips_each(group))]
-    hits = _times(group for group, _ in found)
-    if hits < 2 or hits < STEADY * _times(g for g in order.groups if g.microbatches):
+    hits = total_of(group for group, _ in found)
+    if hits < 2 or hits < STEADY * total_of(g for g in order.groups if g.microbatches):
         return
     group, (site, times) = max(found, key=lambda pair: pair[0].count)
-    step = _text(order, order.step_site) or "optimizer.step()"
-    yield from _says(
+    step = text_of(order, order.step_site) or "optimizer.step()"
+    yield from says(
         facts, order, "clip-per-microbatch", site,
         f"The accumulated gradient is clipped {times} times before each step, after every microbatch",
         "Each time what has been summed so far is cut to the limit, so that early microbatches count less than late "
         "ones and the step is not that of the whole batch.",
-        f"clip once, just before the step:\n{_text(order, site)}\n{step}",
+        f"clip once, just before the step:\n{text_of(order, site)}\n{step}",
         also=((group.microbatches[0][1].site, "backward"), (order.step_site, "step")), measured={"clips": times},
     )  # fmt: skip
 
@@ -131,8 +141,8 @@ def microbatches_dropped(facts: Facts, training: Training) -> Iterator[Finding]:
     where = " and ".join(
         words for words, n in ((f"{cleared} zeroed before a step", cleared), (f"{at_end} left at the end", at_end)) if n
     )
-    step = _text(order, order.step_site) or "optimizer.step()"
-    yield from _says(
+    step = text_of(order, order.step_site) or "optimizer.step()"
+    yield from says(
         facts, order, "microbatches-dropped", site,
         f"{count(at_end + cleared, 'microbatch', 'microbatches')} never reached a step: {where}",
         f"A step follows every {size} microbatches, and the number of batches is no multiple of {size}: the gradients "
@@ -146,15 +156,15 @@ def backward_in_autocast(facts: Facts, training: Training) -> Iterator[Finding]:
     """Backward is called inside of autocast: PyTorch advises against it, and mostly nothing changes."""
     order = training.order
     found = [(g, op) for g in order.groups for _, op in g.backwards[:1] if op.has("a") and op.lacks("l")]
-    hits = _times(group for group, _ in found)
-    if not _is_habit(hits, order):
+    hits = total_of(group for group, _ in found)
+    if not is_habit(hits, order):
         return
     site = found[0][1].site
-    yield from _says(
+    yield from says(
         facts, order, "backward-in-autocast", site, "backward() is called inside of autocast",
         "Backward runs each operation in the type that its forward had, so this changes mostly nothing; code that runs "
         "in backward (custom functions, recomputation, hooks) is cast as well.",
-        f"leave autocast first: indent this line as far as the `with`\n{_text(order, site)}",
+        f"leave autocast first: indent this line as far as the `with`\n{text_of(order, site)}",
         severity="note",
     )  # fmt: skip
 
@@ -163,16 +173,16 @@ def scheduler_per_microbatch(facts: Facts, training: Training) -> Iterator[Findi
     """The scheduler moves on after each microbatch, not after each step."""
     order = training.order
     found = [(group, times) for group in order.groups if (times := _schedules_each(group))]
-    hits = _times(group for group, _ in found)
-    if hits < 2 or hits < STEADY * _times(g for g in order.groups if g.microbatches):
+    hits = total_of(group for group, _ in found)
+    if hits < 2 or hits < STEADY * total_of(g for g in order.groups if g.microbatches):
         return
     site, times = max(found, key=lambda pair: pair[0].count)[1]
-    step = _text(order, order.step_site) or "optimizer.step()"
-    yield from _says(
+    step = text_of(order, order.step_site) or "optimizer.step()"
+    yield from says(
         facts, order, "scheduler-per-microbatch", site,
         f"The scheduler steps {times} times for each step of its optimizer, once a microbatch",
         f"It counts optimizer steps: warm-up and decay are over {times} times too early.",
-        f"move it beside the step:\n{step}\n{_text(order, site)}",
+        f"move it beside the step:\n{step}\n{text_of(order, site)}",
         also=((order.step_site, "step"),), measured={"scheduler_steps": times},
     )  # fmt: skip
 
@@ -201,14 +211,14 @@ def scheduler_after_skip(facts: Facts, training: Training) -> Iterator[Finding]:
     each_step = sum(group.count for group, moved in after_step if moved is not None)
     total = sum(group.count for group, _ in after_step)
     skips = [(g, moved) for g in order.groups if g.after == "skip" and (moved := _moved_first(g)) is not None]
-    hits = _times(group for group, _ in skips)
+    hits = total_of(group for group, _ in skips)
     if not hits or total < 2 or each_step < STEADY * total:
         return  # a scheduler that moves once an epoch may meet a skipped step
     site = skips[0][1]
     assert site is not None
-    scaler, optimizer = _names(order, skips[0][0])
-    text = _text(order, site)
-    yield from _says(
+    scaler, optimizer = names_of(order, skips[0][0])
+    text = text_of(order, site)
+    yield from says(
         facts, order, "scheduler-after-skip", site,
         f"The scheduler moved on after {count(hits, 'step')} that the loss scaler had skipped",
         f"Skipped in all: {training.skipped}. Each moves the "
@@ -235,13 +245,13 @@ def step_past_scaler(facts: Facts, training: Training) -> Iterator[Finding]:
     step = found[0].step
     assert step is not None
     factor = f"{number(scale)} times" if scale else "the loss scale, 65536 by default, times"
-    yield from _says(
+    yield from says(
         facts, order, "step-past-scaler", step.site,
-        f"The optimizer steps past the loss scaler, in {_of(_times(found), order)}",
+        f"The optimizer steps past the loss scaler, in {share_of(total_of(found), order)}",
         f"Nothing has unscaled the gradients: the update is {factor} what it should be, and inf is not skipped. "
         "Adam hides the factor.",
-        _written("let the scaler step", stepped(_text(order, step.site))),
-        also=((found[0].backwards[-1][1].site, "scaled"),), measured=_measured(scale=scale),
+        as_written("let the scaler step", stepped(text_of(order, step.site))),
+        also=((found[0].backwards[-1][1].site, "scaled"),), measured=numbers_of(scale=scale),
     )  # fmt: skip
 
 
@@ -265,14 +275,14 @@ def unscaled_backward(facts: Facts, training: Training) -> Iterator[Finding]:
     if not found:
         return
     site = found[0].backwards[-1][1].site
-    scaler, _ = _names(order, found[0])
+    scaler, _ = names_of(order, found[0])
     assert found[0].scaler_step is not None
-    yield from _says(
+    yield from says(
         facts, order, "unscaled-backward-scaler-step", site,
-        f"The scaler steps after a backward that it has not scaled, in {_of(_times(found), order)}",
+        f"The scaler steps after a backward that it has not scaled, in {share_of(total_of(found), order)}",
         "It divides the gradients by the loss scale, 65536 by default, so that the update is 1.5e-5 of what it should "
         "be. Adam hides the factor.",
-        _written("scale the loss", scaled(_text(order, site), scaler), f"{scaler}.scale(loss).backward()"),
+        as_written("scale the loss", scaled(text_of(order, site), scaler), f"{scaler}.scale(loss).backward()"),
         also=((found[0].ops[found[0].scaler_step].site, "unscales"),),
     )  # fmt: skip
 
@@ -294,13 +304,13 @@ def unscale_twice(facts: Facts, training: Training) -> Iterator[Finding]:
         return
     site, first = whole(told[0].data.get("s"), -1), whole(told[0].data.get("first"), -1)
     again = site == first
-    yield from _says(
+    yield from says(
         facts, order, "unscale-twice", site,
         "Gradients are unscaled a second time before update()",
         "unscale_ divides by the loss scale, once a step: "
         + ("here it runs for every microbatch." if again else "another line has done it already."),
-        f"unscale once, after the last microbatch:\n{_text(order, site)}"
-        if again else f"take one of the two away:\n{_text(order, site)}",
+        f"unscale once, after the last microbatch:\n{text_of(order, site)}"
+        if again else f"take one of the two away:\n{text_of(order, site)}",
         also=((-1 if again else first, "first"),),
     )  # fmt: skip
 
@@ -314,13 +324,13 @@ def unscale_between_microbatches(facts: Facts, training: Training) -> Iterator[F
     group, op = found[0]
     unscales = op.kind == "u"
     what = "Gradients are unscaled" if unscales else "The loss scale is changed"
-    yield from _says(
+    yield from says(
         facts, order, "unscale-between-microbatches", op.site,
-        f"{what} between the microbatches of one step, in {_of(_times(g for g, _ in found), order)}",
+        f"{what} between the microbatches of one step, in {share_of(total_of(g for g, _ in found), order)}",
         "What was accumulated before and what comes after it are multiplied by different scales, and are added. "
         "Measured with four microbatches: an update of 4.5 times the right one, 0.75 of it where the scale halved.",
         f"{'unscale' if unscales else 'update the scale'} after the last microbatch only, in the `if` of the step:\n"
-        + _text(order, op.site),
+        + text_of(order, op.site),
         also=((group.backwards[-1][1].site, "backward"), (order.step_site, "step")),
     )  # fmt: skip
 
@@ -341,33 +351,33 @@ def fp16_norm_overflow(facts: Facts, training: Training) -> Iterator[Finding]:
     """A norm of float16 gradients is inf although every gradient is finite: clipping multiplies them by 0."""
     order = training.order
     told = training.journal.named("norm_overflow")
-    if not told or training is not _first(facts, training):
+    if not told or training is not first_of(facts, training):
         return
     norm = real(told[0].data.get("norm"))
     site = whole(told[0].data.get("s"), -1)
     size = "" if norm is None else f" It is {number(norm)} in float32."
-    yield from _says(
+    yield from says(
         facts, order, "fp16-norm-overflow", site,
         f"The norm to clip by overflowed in float16, {count(len(told), 'time')}, while every gradient was finite",
         f"float16 ends at 65504.{size} Clipping divides by the norm, so that all gradients became 0 in that step.",
         'keep float32 weights (gradctl.precision("fp16-scaled")), or clip float32 copies of the gradients',
-        measured=_measured(norm=norm, times=len(told)),
+        measured=numbers_of(norm=norm, times=len(told)),
     )  # fmt: skip
 
 
 def clip_nothing(facts: Facts, training: Training) -> Iterator[Finding]:
     """Clipping was given no parameters at all."""
     order = training.order
-    if training is not _first(facts, training):
+    if training is not first_of(facts, training):
         return
     found = [(g, op) for g in order.groups for op in g.ops if op.kind == "C" and op.has("0") and g.backwards]
-    hits = _times(group for group, _ in found)
+    hits = total_of(group for group, _ in found)
     if hits < 2 or hits < 0.5 * order.watched:
         return
     site = found[0][1].site
-    yield from _says(
+    yield from says(
         facts, order, "clip-nothing", site,
-        f"Clipping was given no parameters, in {_of(hits, order)}",
+        f"Clipping was given no parameters, in {share_of(hits, order)}",
         "A generator such as model.parameters() is empty once it has been gone through: the norm is 0 and nothing is "
         "clipped.",
         "hand in a fresh one, or a list:\ntorch.nn.utils.clip_grad_norm_(model.parameters(), ...)",
@@ -395,122 +405,3 @@ SLUGS = (
     "unscale-twice", "unscale-between-microbatches", "fp16-norm-overflow", "clip-nothing", "bf16-stall",
 )  # fmt: skip
 """What these rules say, and `bf16-stall` of `_health`; documented in `docs/stepping.md`."""
-
-
-def step_line(facts: Facts, training: Training) -> Span | None:
-    """Return where the program steps this optimizer, if that was seen."""
-    order = training.order
-    return _span(facts, order, order.step_site)
-
-
-# -- the line as it should be written ---------------------------------------------------------------------------------
-
-
-def divided(text: str, size: int) -> str:
-    """Return a line that calls backward, with its loss divided by `size`; empty if the line cannot be read."""
-    scaled_loss = re.fullmatch(r"(.*\.scale\()(.+)(\)\.backward\(.*)", text)
-    if scaled_loss is not None:
-        return f"{scaled_loss[1]}{_factor(scaled_loss[2], size)}{scaled_loss[3]}"
-    loss, rest = _backward(text)
-    return f"({_factor(loss, size)}).backward({rest}" if loss else ""
-
-
-def scaled(text: str, scaler: str) -> str:
-    """Return a line that calls backward, with its loss scaled; empty if the line cannot be read."""
-    loss, rest = _backward(text)
-    return f"{scaler}.scale({loss}).backward({rest}" if loss else ""
-
-
-def stepped(text: str) -> str:
-    """Return a line that steps an optimizer, through the scaler."""
-    plain = re.fullmatch(r"([\w.\[\]]+)\.step\(\)(.*)", text)
-    return f"scaler.step({plain[1]}){plain[2]}" if plain is not None else "scaler.step(optimizer)"
-
-
-def _backward(text: str) -> tuple[str, str]:
-    """Return the loss of a line that calls backward, and what follows the bracket; empty if it is no whole one."""
-    plain = re.fullmatch(r"([^=]+?)\.backward\((.*)", text)
-    return (plain[1], plain[2]) if plain is not None and text.count("(") == text.count(")") else ("", "")
-
-
-def _factor(expression: str, size: int) -> str:
-    try:
-        tree = ast.parse(expression, mode="eval").body
-        # what stands in brackets already begins after the first of them
-        simple = isinstance(tree, ast.Name | ast.Attribute | ast.Call | ast.Subscript) or tree.col_offset > 0
-        simple = simple and (tree.col_offset == 0 or tree.end_col_offset == len(expression) - tree.col_offset)
-    except (SyntaxError, ValueError):
-        simple = False
-    return f"{expression} / {size}" if simple else f"({expression}) / {size}"
-
-
-def _written(words: str, line: str, otherwise: str = "") -> str:
-    return f"{words}:\n{line}" if line else f"{words}: {otherwise}"
-
-
-def _names(order: Order, group: Group) -> tuple[str, str]:
-    """Return what the source calls the scaler and the optimizer."""
-    sites = [op.site for g in (group, *order.groups) for op in g.ops if op.kind == "t" and op.has("o")]
-    for site in sites:
-        found = re.search(r"([\w.]+)\.step\(([\w.\[\]]+)", _text(order, site))
-        if found is not None:
-            return found[1], found[2]
-    return "scaler", "optimizer"
-
-
-# -- small things -----------------------------------------------------------------------------------------------------
-
-
-def _times(groups: Iterable[Group]) -> int:
-    return sum({id(group): group.count for group in groups}.values())
-
-
-def _is_habit(hits: int, order: Order) -> bool:
-    return hits > 0 and (hits >= 2 or hits == order.watched)
-
-
-def _of(hits: int, order: Order) -> str:
-    if hits >= order.watched:
-        return "every step that was watched" if hits > 1 else "the one step that was watched"
-    return f"{hits} of {order.watched} steps that were watched ({percent(hits / order.watched)})"
-
-
-def _text(order: Order, site: int) -> str:
-    return order.sites[site].text if site in order.sites else ""
-
-
-def _span(facts: Facts, order: Order, site: int, role: str = "") -> Span | None:
-    place = order.sites.get(site)
-    found = None if place is None else facts.span({"file": place.file, "line": place.line}, order.journal)
-    return None if found is None else Span(found.file, found.line, role)
-
-
-def _measured(**numbers: float | None) -> dict[str, float] | None:
-    return {name: value for name, value in numbers.items() if value is not None} or None
-
-
-def _first(facts: Facts, training: Training) -> Training:
-    return next(found[0] for journal, found in facts.by_rank if journal is training.journal)
-
-
-def _says(
-    facts: Facts,
-    order: Order,
-    slug: str,
-    site: int,
-    symptom: str,
-    why: str,
-    fix: str,
-    *,
-    severity: Severity = "warning",
-    also: Places = (),
-    measured: dict[str, float] | None = None,
-) -> Iterator[Finding]:
-    """Yield a finding, if its place is known: without a line it would be no help."""
-    primary = _span(facts, order, site)
-    if primary is None:
-        return
-    spans = (_span(facts, order, other, role) for other, role in also if other != site)
-    evidence = tuple(span for span in spans if span is not None)
-    fix = fix.rstrip("\n")
-    yield Finding(slug, severity, symptom, why, fix, 1.0, primary, evidence, (), measured)
