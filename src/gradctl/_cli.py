@@ -190,6 +190,7 @@ def gradctl() -> None:
     gradctl explain train.py             which line loses the gradient?
     gradctl memory train.py              where are the bytes of a step?
     gradctl cause detach                 about one cause
+    gradctl fit --memory 8GiB train.py   recompute what does not fit
 
     \b
     Exit codes: `run` passes the script's through. Other verbs:
@@ -204,6 +205,7 @@ def gradctl() -> None:
 @click.option("--out", metavar="DIR", help="The run directory.  [default: gradctl-runs/<script>-<UTC time>[-NAME]]")
 @click.option("--name", metavar="NAME", help="A word for the end of the run directory's name.")
 @click.option("--policy", metavar="FILE", help="The policy file.  [default: found upward from here]")
+@click.option("--plan", metavar="PLAN.json", help="Apply what `gradctl fit -o` wrote.")
 @click.option(
     "--watch-steps", metavar="N", type=click.IntRange(min=1), help="Record only the first N steps, and trace them."
 )
@@ -334,6 +336,47 @@ def explain(
         view.draw_explanation(found, console=Console(highlight=False))
     elif not found.findings or found.exit_code not in (ExitCode.CLEAN, ExitCode.FINDINGS):
         click.echo(f"gradctl: {found.sentence}", err=True)
+    return found.exit_code
+
+
+@gradctl.command(cls=_RunCommand, options_metavar="[OPTIONS]", short_help="Fit a training step into a byte budget.")
+@click.option("--memory", metavar="SIZE", required=True, help="The budget: 8GiB, 512MiB, 1e9; a bare number is bytes.")
+@click.option("-o", "plan_file", metavar="PLAN.json", help="Write the plan, for `gradctl run --plan`.")
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write gradctl.plan/1; `-` prints only that, the script on stderr."
+)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="(SCRIPT | -m MODULE | -c CODE) [ARGS]...")
+@click.pass_context
+def fit(
+    ctx: click.Context, /, command: tuple[str, ...], memory: str, plan_file: str | None, json_file: str | None
+) -> int:
+    """Run SCRIPT until its model is fitted: a step then stays within SIZE, with bitwise the same gradients.
+
+    The budget is the peak of allocated bytes on the model's device over a step, with weights, gradients, optimizer
+    state and inputs. What to keep and what to make again in backward is chosen from the script's third step and
+    measured in those after it; then the script is ended. Until then it runs with as little memory as it can.
+
+    \b
+    Exit codes: 0 fitted   1 no plan is that small (the smallest budget is said)
+      2 usage   3 a failure of gradctl   4 no verdict: too few steps, or the script failed
+    """  # noqa: D301
+    script = script_name(command)
+    if script is None:
+        ctx.fail("Missing SCRIPT, -m MODULE or -c CODE: what to fit.")
+    for file in (plan_file, json_file):
+        if file is not None:
+            _check_free(file)
+    from gradctl import _run
+
+    found = _run.fit(command, script, memory, script_to_stderr=json_file == "-")
+    if found.plan is not None:
+        for file in dict.fromkeys((plan_file, json_file)):
+            if file is not None:
+                _write_json(found.plan, file)
+    if json_file != "-" or found.plan is None:
+        click.echo(f"gradctl: {found.text}" if found.plan is None else found.text, err=found.plan is None)
+        if plan_file is not None and found.plan is not None:
+            click.echo(f"  {plan_file}: gradctl run --plan {plan_file} {' '.join(command)}")
     return found.exit_code
 
 

@@ -32,6 +32,7 @@ class Policy:
         grad: `off` refuses every gradient in the process and its children.
         out: the run directory; None for `gradctl-runs/<script>-<UTC time>[-NAME]`.
         name: a word that ends the name of the run directory.
+        plan: a plan of `gradctl fit`, applied to the model in the script that it was made for.
         watch_steps: record only the first steps of each optimizer, and trace them; None records all and traces none.
         on_nonfinite: what to do at the first NaN or inf gradient, before the update is applied.
         lines: record saved bytes by source line.
@@ -45,6 +46,7 @@ class Policy:
     grad: Grad = "on"
     out: Path | None = None
     name: str | None = None
+    plan: Path | None = None
     watch_steps: int | None = None
     on_nonfinite: OnNonfinite = "continue"
     lines: bool = False
@@ -135,8 +137,9 @@ def _read(file: Path) -> dict[str, Any]:
 
     values = dict(_checked(general, where, path=prefix, tables=("run",)))
     values |= dict(_checked(cast("dict[str, Any]", of_run), where, path=f"{prefix}run."))
-    if values.get("out") is not None:
-        values["out"] = file.parent / values["out"]
+    for key in ("out", "plan"):
+        if values.get(key) is not None:
+            values[key] = file.parent / values[key]
     return values
 
 
@@ -188,7 +191,7 @@ def _value(key: str, value: object) -> object:
         if value in _MODES[key]:
             return value
         raise ValueError(" or ".join(f'"{mode}"' for mode in _MODES[key]))
-    if key == "out":
+    if key in ("out", "plan"):
         if isinstance(value, str | Path) and str(value):
             return Path(value)
         raise ValueError("a path")

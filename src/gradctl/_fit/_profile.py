@@ -282,7 +282,7 @@ def profiling(model: Module, modules: dict[str, Module], known: Callable[[], lis
         tape.finish()
         return out
 
-    with _forward_of(model, taped), Allocated(known()) as allocated, ledger:
+    with forward_of(model, taped), Allocated(known()) as allocated, ledger:
         yield seen
     for tape in tapes:
         tape.settle()
@@ -320,7 +320,8 @@ def _settle_work(seen: Profile, allocated: Allocated, device: str) -> None:
 
 
 @contextmanager
-def _forward_of(model: Module, forward: Callable[..., Any]) -> Generator[None]:
+def forward_of(model: Module, forward: Callable[..., Any]) -> Generator[None]:
+    """Give a module another forward, in this instance only."""
     had = model.__dict__.get("forward")
     model.__dict__["forward"] = forward
     try:

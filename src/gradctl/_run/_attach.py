@@ -87,6 +87,8 @@ class Listening:
             self._watcher.begin()
         if self._metered is not None:
             self._metered.begin()
+        if self._planned is not None:
+            self._planned.begin()
 
     def end(self, how: str, code: int | None) -> None:
         """Write the end record; only once, and not in a child that has recorded nothing."""
@@ -132,6 +134,8 @@ class Listening:
             self._explainer.drop()
         if self._watcher is not None:
             self._watcher.drop()
+        if self._planned is not None:
+            self._planned.drop()
         if self._metered is not None:
             self._metered.drop()
         self.journal.forget()

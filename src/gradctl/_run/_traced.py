@@ -1,7 +1,7 @@
-"""The script's side of `gradctl explain`: a sentinel or a tracer in its main process, and the result that it leaves.
+"""The script's side of `gradctl explain` and `gradctl fit`: what watches its main process, and what it leaves.
 
-The other side, which starts the script and reads the result, is `_explaining.py`. Nothing here prints, and nothing
-raises into the script.
+The other side, which starts the script and reads the result, is `_explaining.py` and `_fitting.py`. Nothing here
+prints, and nothing raises into the script.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from gradctl import __version__, _taps
 from gradctl._run import _exit_status
@@ -22,8 +22,12 @@ from gradctl._run import _exit_status
 _TEMPORARY = ("tempfile.mkdtemp", "tempfile.mkstemp")
 
 
+FIT: Final = "fit"
+"""The stage of `gradctl fit`, which runs the script once."""
+
+
 class Watcher(Protocol):
-    """What watches the script: the sentinel of the first run, or the tracer of the second."""
+    """What watches the script: the sentinel of explain's first run, the tracer of its second, or what fits a model."""
 
     def begin(self) -> None:
         """Start to watch; torch has been imported."""
@@ -84,8 +88,36 @@ class _TracedRun:
         self._tracing.stop()
 
 
+class _Fitted:
+    def __init__(self, told: dict[str, Any], on_done: Callable[[], None]) -> None:
+        from gradctl._fit import ScriptFit
+
+        self._fit = ScriptFit(told["memory"], on_done)
+
+    def begin(self) -> None:
+        self._fit.start()
+
+    def end(self, error: BaseException | None) -> dict[str, Any]:
+        fit = self._fit
+        fit.stop()
+        found: dict[str, Any] = {
+            "steps": fit.steps,
+            "model": None if fit.model is None else type(fit.model).__name__,
+            "remarks": fit.remarks,
+        }
+        if fit.refused is not None:
+            refused = fit.refused
+            found["refused"] = {"text": str(refused), "smallest": getattr(refused, "smallest", None)}
+        if fit.plan is not None:
+            found |= {"plan": fit.plan.to_json(), "text": str(fit.plan)}
+        return found | {"faults": fit.faults}
+
+    def drop(self) -> None:
+        self._fit.stop()
+
+
 class Explaining:
-    """Watches this process for `gradctl explain` and writes the result when it ends, in whichever way.
+    """Watches this process for `gradctl explain` or `gradctl fit` and writes the result when it ends, in whichever way.
 
     Args:
         settings: what GRADCTL_RUN says.
@@ -104,18 +136,19 @@ class Explaining:
     def begin(self) -> None:
         """Begin to watch; what fails is left in the result, and the script goes on."""
         try:
-            self._watcher = (
-                _FirstRun(self._told)
-                if self._told["stage"] == 1
-                else _TracedRun(self._told, self._script, self._explained)
-            )
+            if self._told["stage"] == FIT:
+                self._watcher = _Fitted(self._told, self._explained)
+            elif self._told["stage"] == 1:
+                self._watcher = _FirstRun(self._told)
+            else:
+                self._watcher = _TracedRun(self._told, self._script, self._explained)
             self._watcher.begin()
         except Exception as fault:
             self._faults.append(_words(fault))
         atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._forked)
         _taps.os_exit.subscribe(self._around_os_exit, order="measure")
-        if self._told["stage"] == 2:
+        if self._told["stage"] != 1:
             sys.addaudithook(self._note_temporary)
 
     def end(self, how: str, code: int | None, error: BaseException | None) -> None:
