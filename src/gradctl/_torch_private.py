@@ -478,6 +478,20 @@ NAMES: tuple[PrivateName, ...] = (
         "the recipe of a region is kept until its graph is gone, which costs memory",
     ),
     PrivateName(
+        "set_versions",
+        "torch._C:_autograd._unsafe_set_version_counter",
+        "2.13",
+        "recompute",
+        "nothing can be recomputed by running a function again",
+    ),
+    PrivateName(
+        "function_modes",
+        "torch.overrides:_get_current_function_mode_stack",
+        "2.13",
+        "recompute",
+        'function modes around a forward are not entered again by engine="rerun"',
+    ),
+    PrivateName(
         "saved_hooks_on_top",
         "torch._C:_autograd._top_saved_tensors_default_hooks",
         "2.13",
