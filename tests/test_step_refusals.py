@@ -412,3 +412,26 @@ def test_a_refused_step_has_changed_nothing() -> None:
         gradctl.Step(model, sgd(model), precision="bf16-stochastic", scheduler=3)
     after: list[tuple[torch.dtype, Tensor]] = [(p.dtype, p.detach()) for p in model.parameters()]
     assert all(a[0] is b[0] and torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["bf16-autocast", "bf16-master", "bf16-stochastic"])
+def test_a_backward_inside_of_forward_is_refused_before_it_runs(mode: Any) -> None:
+    model = network()
+    step = gradctl.Step(model, sgd(model), precision=mode)
+    with step.forward():
+        loss = model(torch.randn(5, 3)).square().mean()
+        with pytest.raises(gradctl.UsageError) as error:
+            step.backward(loss)
+    assert told(error) == "step.backward() inside of step.forward()"
+    step.backward(loss)
+    assert not step.update().skipped
+
+
+def test_a_backward_under_the_program_s_own_autocast_is_not_taken_for_one_inside_of_forward() -> None:
+    model = network()
+    step = gradctl.Step(model, sgd(model), precision="bf16-autocast")
+    with torch.autocast("cpu", torch.bfloat16):  # as in Lightning, which runs all of training_step in it
+        with step.forward():
+            loss = model(torch.randn(5, 3)).square().mean()
+        step.backward(loss)
+    assert not step.update().skipped

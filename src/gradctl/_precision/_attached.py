@@ -70,6 +70,7 @@ class Attached:
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self._device = device
         self._autocast_dtype = _AUTOCAST.get(precision.mode, torch.bfloat16)
+        self._autocast_around = True  # nothing is known before the first `forward`
         self._islands = [Island(module, device.type) for module in fp32_modules]
         self._scale = LossScale(precision.scaling, device.type) if precision.scaling is not None else None
         self._masters: Masters | None = None
@@ -102,7 +103,12 @@ class Attached:
             sixteen.narrow()  # still wide only if an optimizer raised in the middle of its step
         if self._masters is not None:
             self._masters.open()
+        self._autocast_around = torch.is_autocast_enabled(self._device.type)
         return torch.autocast(self._device.type, self._autocast_dtype)
+
+    def is_inside_forward(self) -> bool:
+        """Whether the block of `forward` is open: there is an autocast, and around the block was none."""
+        return not self._autocast_around and torch.is_autocast_enabled(self._device.type)
 
     def scale(self, loss: Tensor) -> Tensor:
         """Multiply a loss by the loss scale; the loss itself in modes without one."""

@@ -105,6 +105,13 @@ class Order:
             UsageError: the loss is no single number, is not what it was told to be, or cannot be weighed.
         """
         settings, attached, so_far = self.settings, self.attached, self.so_far
+        if attached.is_inside_forward():
+            raise UsageError(
+                "step.backward() inside of step.forward()",
+                what="the backward would run under autocast",
+                why="gradients of what was computed in float32 on purpose would be rounded to 16 bits",
+                fix="end the `with step.forward():` block before step.backward(loss)",
+            )
         if items != 0:
             check_loss(loss)
             items = self._items(loss, items)

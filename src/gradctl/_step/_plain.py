@@ -30,6 +30,10 @@ class AsItIs:
         """Compute as the program does."""
         return _NOTHING
 
+    def is_inside_forward(self) -> bool:
+        """Nothing depends on where the backward runs."""
+        return False
+
     def scale(self, loss: Tensor) -> Tensor:
         """Return the loss."""
         return loss
