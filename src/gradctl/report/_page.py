@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from gradctl._journal import Run
 from gradctl._verdict import Facts, Verdict, lateness
-from gradctl.report import _chart, _heat, _layers, _processes, _sections
+from gradctl.report import _chart, _heat, _layers, _memory, _processes, _sections
 from gradctl.report._axes import count_text, milliseconds_text
 from gradctl.report._lanes import Bad
 from gradctl.report._series import Trace, time_split, trace
@@ -59,6 +59,7 @@ def render(run: Run, verdict: Verdict) -> str:
         split=time_split(seen.blocks) if seen else None,
         gpu=bool(main and main.run and main.run.device not in ("", "cpu")),
         saved=_sections.saved_table(main) if main else None,
+        memory=_memory.section(main) if main else None,
         agreement=_sections.agreement(seen) if seen else None,
         layers=layers,
         layers_note=_layers_note(layers) if layers else "",
