@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import torch
@@ -30,6 +31,8 @@ Lever = Literal["pack", "replay"]
 LEVERS: Final[tuple[Lever, ...]] = ("pack", "replay")
 _CORRECTIONS: Final = 3
 _FEWEST_SEGMENTS: Final = 2
+_USED: Final = 0.97
+"""Below this share of the budget a plan is asked to keep more."""
 _CURVE: Final = 6
 
 
@@ -253,7 +256,7 @@ def _measured(
 
 
 class Corrections:
-    """What follows when a step under a plan was measured: the plan holds, or another is tried for less.
+    """What follows when a step under a plan was measured: the plan holds, or another is tried for less, or for more.
 
     Args:
         planner: makes plans.
@@ -265,6 +268,7 @@ class Corrections:
         self._budget = self._aim = plan.budget
         self._left = _CORRECTIONS
         self._lowest: int | None = None
+        self._best: Plan | None = None
 
     def after(self, plan: Plan, peak: int) -> Plan | None:
         """Take a measured peak.
@@ -275,19 +279,39 @@ class Corrections:
         Raises:
             BudgetTooSmall: nothing is left to try; the plan is undone.
         """
+        offset = peak - plan.predicted_peak
         object.__setattr__(plan, "measured_peak", peak)
         if peak <= self._budget:
-            return None
+            return self._for_more(plan, peak, offset)
+        if self._best is not None:
+            self._left = 0
+            return self._best  # which has held
         self._lowest = peak if self._lowest is None else min(self._lowest, peak)
         self._aim -= peak - self._budget
         if self._left > 0 and self._aim >= self._planner.smallest_budget:
             self._left -= 1
-            return self._planner.plan(self._budget, aim=self._aim)
+            return self._corrected(self._planner.plan(self._budget, aim=self._aim), offset)
         if self._left >= 0:
             self._left = -1
             return self._planner.leanest(self._budget)
         plan.undo()
         raise self._planner.too_small(self._budget, self._lowest)
+
+    def _for_more(self, plan: Plan, peak: int, offset: int) -> Plan | None:
+        """Return a plan that keeps more, where much of the budget is left."""
+        if peak >= _USED * self._budget or plan.drops_nothing or self._left <= 0:
+            return None
+        self._left = min(self._left, 2) - 1
+        self._aim = self._budget - offset
+        more = self._planner.plan(self._budget, aim=self._aim)
+        if more.calls == plan.calls:
+            return None
+        self._best = plan
+        return self._corrected(more, offset)
+
+    def _corrected(self, plan: Plan, offset: int) -> Plan:
+        """Return a plan whose prediction knows by how much that of the last one was wrong."""
+        return replace(plan, predicted_peak=plan.predicted_peak + offset)
 
 
 def peak_of(step: Callable[[], Any], known: Callable[[], list[Tensor]], device: torch.device | None = None) -> int:

@@ -8,7 +8,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -214,8 +214,7 @@ class Plan:
         ]
         if self.drops_nothing:
             lines.append("  the plain program fits: nothing is dropped")
-        for region in _merged(self.regions):
-            lines.append(region)
+        lines += _merged(self.regions)
         if self.frontier:
             lines.append("  budget     time")
             lines += [f"  {in_words(budget):>9}  {slowdown:.2f} x" for budget, slowdown in self.frontier]
@@ -299,7 +298,7 @@ def _digest(call: RegionPlan) -> str:
 
 def _call(data: Mapping[str, Any]) -> RegionPlan:
     call = RegionPlan(
-        functions=tuple(_operation(name) for name in data["functions"]),
+        functions=tuple(map(str, data["functions"])),
         note=frozenset(int(at) for at in data["note"]),
         drop=frozenset((int(at), int(output)) for at, output in data["drop"]),
         pack={(int(at), int(output)): _one_of(codec, ("bits", "int16")) for at, output, codec in data["pack"]},
@@ -311,7 +310,7 @@ def _call(data: Mapping[str, Any]) -> RegionPlan:
             what="the digest of its operations differs from the one that was written",
             fix="make it again: gradctl fit SCRIPT --memory SIZE -o plan.json",
         )
-    return call
+    return replace(call, functions=tuple(map(_operation, call.functions)))
 
 
 def _operation(name: str) -> Any:
@@ -321,10 +320,13 @@ def _operation(name: str) -> Any:
         raise ValueError(f"{name!r} is no operation")
     space, operation, overload = match.groups()
     try:
-        return getattr(getattr(getattr(torch.ops, space), operation), overload)
+        found = getattr(getattr(getattr(torch.ops, space), operation), overload)
     except (AttributeError, RuntimeError):
+        found = None
+    if not isinstance(found, torch._ops.OpOverload):
         warnings.warn(f"the plan names {name}, which this torch does not have", stacklevel=2)
         return name
+    return found
 
 
 def _one_of(value: Any, known: tuple[str, ...]) -> Any:
