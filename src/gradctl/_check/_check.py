@@ -23,6 +23,7 @@ from gradctl._finite_difference import Subject, compare_in_double
 from gradctl._finite_difference._double import differentiable
 from gradctl._finite_difference._function import function_subject
 from gradctl._finite_difference._trees import tensors
+from gradctl._freeze._rows import held_of
 from gradctl._names._patterns import Pattern, select
 from gradctl._results import Findings
 
@@ -51,7 +52,8 @@ def check(
     The function runs on float64 copies of its inputs, of the parameters and buffers of every module that it is or
     refers to, and of other tensors that it holds; afterwards these, every `.grad` and random state are as before.
     Gradients are compared with central differences along random directions; when they disagree the direction is halved
-    until single tensors are left. Hooks on parameters count: what they make of a gradient is what an optimizer gets.
+    until single tensors are left. Hooks on parameters count: what they make of a gradient is what an optimizer gets
+    (but for those of `freeze(rows=...)`, which keep rows at zero by design).
 
     Args:
         fn_or_module: what is checked. It may return nested structures of tensors; those without a graph are left out,
@@ -168,6 +170,7 @@ class _Builder:
                 graph.padded = [names[i] for i in graph.padding]
                 self.circumstances.graph = graph
                 still.update({i: still_rows(leaves[i].detach(), rows) for i, rows in graph.padding.items()})
+                graph.frozen = [name for name, parameter in self.params.items() if held_of(parameter)]
             return outputs
 
         return Subject(

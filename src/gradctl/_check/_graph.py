@@ -17,6 +17,7 @@ class Graph:
     Args:
         padding: rows of an embedding that get no gradient by design, by index of the leaf.
         padded: names of the leaves with such rows.
+        frozen: names of the leaves of which some rows are frozen.
         hidden: leaves that require a gradient and were not put in.
         authors: classes of `autograd.Function` that take the leaf or what is computed from it, by index of the leaf;
             those that take it itself come first.
@@ -24,6 +25,7 @@ class Graph:
 
     padding: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
     padded: list[str] = field(default_factory=list[str])
+    frozen: list[str] = field(default_factory=list[str])
     hidden: list[Tensor] = field(default_factory=list[Tensor])
     authors: list[type] = field(default_factory=list[type])
 

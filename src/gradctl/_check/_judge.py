@@ -300,6 +300,8 @@ def _remarks(comparison: Comparison, circumstances: Circumstances) -> list[str]:
             f"{len(graph.hidden)} tensors that require a gradient are used and were not checked (shapes {shapes}): "
             "pass them as inputs, or the module that holds them as params"
         )
+    if graph.frozen:
+        remarks.append(f"frozen rows of {', '.join(graph.frozen)} were checked as if they were not frozen")
     if graph.padding and circumstances.order == 1:
         remarks.append("the padding row of an embedding has no gradient by design and was not moved")
     return remarks

@@ -11,6 +11,7 @@ from torch.nn import Module, Parameter
 
 from gradctl._check._reached import Place, Reached, places_of
 from gradctl._finite_difference._trees import replaced, tensors
+from gradctl._freeze._rows import Rows
 
 
 class StandIns:
@@ -104,5 +105,8 @@ def _unique(reached: Reached) -> list[tuple[str, Module]]:
 
 
 def hooks_of(tensors: Sequence[Tensor]) -> list[list[Callable[[Tensor], Tensor | None]]]:
-    """Return the gradient hooks of each tensor."""
-    return [list((tensor._backward_hooks or {}).values()) for tensor in tensors]
+    """Return the gradient hooks of each tensor, less those of `freeze`, which keep rows at zero by design."""
+    return [
+        [hook for hook in (tensor._backward_hooks or {}).values() if getattr(hook, "__func__", None) is not Rows.zeroed]
+        for tensor in tensors
+    ]

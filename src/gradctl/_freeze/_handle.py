@@ -101,7 +101,7 @@ class Holding:
             touched |= found
             once = {id(parameter): name for name, parameter in reversed(found.items())}  # of tied ones the first name
             rows += [(name, _rows.read_rows(name, named[name], wanted)) for name in reversed(once.values())]
-        _refusals.refuse_half_of_a_tie(named, touched, call)
+        _refusals.refuse_half_of_a_tie(named, touched, call, by_rows=touched.keys() - chosen.keys())
         _refusals.refuse_under_ddp(model, chosen, call)
         if request.trains:
             _refusals.refuse_what_cannot_train(chosen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,16 +31,20 @@ def refuse_other_than(option: str, given: Any, allowed: Sequence[str]) -> None:
         raise UsageError(f"{option}={given!r}", what=f"it is {' or '.join(repr(value) for value in allowed)}")
 
 
-def refuse_half_of_a_tie(named: Mapping[str, Tensor], chosen: Mapping[str, Tensor], verb: str) -> None:
+def refuse_half_of_a_tie(
+    named: Mapping[str, Tensor], chosen: Mapping[str, Tensor], verb: str, *, by_rows: Container[str] = ()
+) -> None:
     """Refuse to choose a tied parameter by some of its names only: both would change."""
     for name, others in other_names(named).items():
         missing = [other for other in others if other not in chosen]
         if name in chosen and missing:
             raise FreezeRefused(
                 f"{name} is tied to {', '.join(missing)}",
-                what=f"the patterns name {name} only, and they are one tensor",
+                what=f"{'rows' if name in by_rows else 'the patterns'} name {name} only, and they are one tensor",
                 why=f"to {verb} one is to {verb} both",
-                fix=f'name both: add "{missing[0]}"; or neither: add "!{name}"',
+                fix=f'name both: rows={{"{name}": …, "{missing[0]}": …}}'
+                if name in by_rows
+                else f'name both: add "{missing[0]}"; or neither: add "!{name}"',
             )
 
 
