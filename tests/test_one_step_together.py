@@ -54,3 +54,26 @@ def test_a_row_that_is_tied_says_how_both_names_are_given() -> None:
     assert '"head.weight"' in str(error.value)
     assert "!embed.weight" not in str(error.value)  # takes away from patterns, and rows have none
     gradctl.freeze(model, rows={"embed.weight": range(4), "head.weight": range(4)}).remove()
+
+
+@pytest.mark.parametrize("first", ["freeze", "step"])
+def test_frozen_rows_stand_still_under_an_update_in_the_backward(first: str) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    x = torch.randn(5, 4)
+
+    def loss(batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    early = gradctl.freeze(model, rows={"0.weight": [0, 3]}) if first == "freeze" else None
+    with gradctl.Step(model, optimizer, update="in-backward") as step:
+        frozen = early or gradctl.freeze(model, rows={"0.weight": [0, 3]})
+        before = model[0].weight.detach().clone()
+        for _ in range(3):
+            step([x], loss)
+        moved = (model[0].weight != before).any(1).tolist()
+        assert moved == [False, True, True, False, True, True, True, True]
+        assert not optimizer.state[model[0].weight]["exp_avg"][[0, 3]].any()
+        frozen.remove()
+        step([x], loss)
+    assert (model[0].weight != before).any(1).all()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, optim
 
 from gradctl._errors import UsageError
+from gradctl._freeze._rows import Kept, held_of
 from gradctl._journal import emit
 from gradctl._step._settings import Settings
 
@@ -60,11 +62,17 @@ class _Update:
 
     def __call__(self, parameter: Tensor) -> None:
         optimizer, groups = self._optimizer, self._optimizer.param_groups
+        # Frozen rows are put back by a listener to steps, which hears none here.
+        kept = [Kept(parameter, held.rows, optimizer.state.get(parameter) or {}) for held in held_of(parameter)]
         optimizer.param_groups = [{**self._group, "params": [parameter]}]
         try:
             self._step(optimizer)
         finally:
             optimizer.param_groups = groups
+        if kept:
+            with torch.no_grad():
+                for rows in kept:
+                    rows.put_back(optimizer.state.get(parameter) or {})
         parameter.grad = None
 
 
