@@ -22,7 +22,7 @@ Step = Callable[[], Any]
 
 
 def peak_by_kineto(step: Step) -> int:
-    """The allocator's peak above the start of a step that frees nothing from before, as torch's other profiler has it."""
+    """The allocator's peak above the start of a step that frees nothing from before, as the other profiler has it."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         step()
@@ -192,7 +192,7 @@ def test_the_course_of_the_step_goes_through_its_peak_and_back() -> None:
     model, x, y = made(Perceptron)
     report = gradctl.memory(lambda: functional.cross_entropy(model(x), y).backward(), model)
     assert max(moment.total for moment in report.moments) == report.peak_bytes
-    assert [m.phase for m in report.moments][0] == "forward"
+    assert report.moments[0].phase == "forward"
     assert {m.phase for m in report.moments} == {"forward", "backward"}
     assert report.moments[-1].total == report.start_bytes + bytes_of(model.parameters()), "gradients are left"
     assert [m.seconds for m in report.moments] == sorted(m.seconds for m in report.moments)
