@@ -53,7 +53,8 @@ def test_a_row_that_is_tied_says_how_both_names_are_given() -> None:
     assert "embed.weight is tied to head.weight" in str(error.value)
     assert '"head.weight"' in str(error.value)
     assert "!embed.weight" not in str(error.value)  # takes away from patterns, and rows have none
-    gradctl.freeze(model, rows={"embed.weight": range(4), "head.weight": range(4)}).remove()
+    with gradctl.freeze(model, rows={"embed.weight": range(4), "head.weight": range(4)}):
+        assert str(gradctl.trainable(model)).count("rows 0-3 of 6 frozen by") == 1
 
 
 @pytest.mark.parametrize("first", ["freeze", "step"])

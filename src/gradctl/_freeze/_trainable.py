@@ -183,7 +183,7 @@ def _parameter_row(name: str, parameter: Tensor, tied: tuple[str, ...], held: se
         trains = False
         reasons.append("not in the optimizer")
     if trains:
-        reasons += [f"{one.rows.text} frozen by {one.layer}" for one in rows]
+        reasons += dict.fromkeys(f"{one.rows.text} frozen by {one.layer}" for one in rows)  # of a tie once
     if is_lazy(parameter):
         reasons.append("no shape before the first forward")
     if tied:

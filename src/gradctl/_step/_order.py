@@ -109,7 +109,7 @@ class Order:
             raise UsageError(
                 "step.backward() inside of step.forward()",
                 what="the backward would run under autocast",
-                why="gradients of what was computed in float32 on purpose would be rounded to 16 bits",
+                why="custom functions, recomputation and hooks that run in backward would be cast as well",
                 fix="end the `with step.forward():` block before step.backward(loss)",
             )
         if items != 0:
