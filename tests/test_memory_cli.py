@@ -155,7 +155,7 @@ def test_the_snapshot_is_read_by_torchs_own_viewer(tmp_path: Path) -> None:
         peak = max(peak, alive)
     assert peak == report.peak_bytes - report.workspace_bytes
     assert sum(segment["requested_size"] for segment in snapshot["segments"]) == alive
-    assert "active" in _memory_viz.segsum(snapshot).lower()
+    assert f"segments: {len(snapshot['segments'])}\n" in _memory_viz.segsum(snapshot)
     assert ("train.py", FORWARD) in {
         (frame["filename"], frame["line"]) for event in snapshot["device_traces"][0] for frame in event["frames"]
     }

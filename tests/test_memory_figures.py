@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 import gradctl
-from gradctl import MemoryReport, UsageError
+from gradctl import MemoryReport, UsageError, _taps
 
 pytestmark = pytest.mark.usefixtures("no_optimizers_of_other_tests")
 
@@ -261,6 +261,20 @@ def test_gradients_under_the_meter_are_those_without_it() -> None:
     assert all(torch.equal(a, b) for a, b in zip(metered, seen, strict=True))
 
 
+def test_a_batch_that_is_made_in_the_step_and_given_by_keyword_is_an_input() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 500)
+
+        def forward(self, *, batch: dict[str, Tensor]) -> Tensor:
+            return self.inner(batch["x"])
+
+    model = Named()
+    report = gradctl.memory(lambda: model(batch={"x": torch.randn(128, 64)}).sum().backward(), model)
+    assert report.by_category()["inputs"] == 128 * 64 * 4
+
+
 def test_microbatches_count_what_is_alive_at_once() -> None:
     model, x, y = made(Perceptron)
 
@@ -318,7 +332,7 @@ def test_a_report_is_shown_as_text_and_in_a_notebook() -> None:
 def test_a_step_that_raises_leaves_everything_as_it_was() -> None:
     model, x, y = made(Perceptron)
     before = [t.clone() for t in model.state_dict().values()]
-    hooks = len(torch.nn.modules.module._global_forward_pre_hooks)
+    installed = _taps.installed()
 
     def step() -> None:
         with torch.no_grad():
@@ -328,7 +342,7 @@ def test_a_step_that_raises_leaves_everything_as_it_was() -> None:
     with pytest.raises(KeyError, match="midway"):
         gradctl.memory(step, model)
     assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))
-    assert len(torch.nn.modules.module._global_forward_pre_hooks) == hooks
+    assert _taps.installed() == installed
     assert torch._C._len_torch_dispatch_stack() == 0
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     gradctl.memory(lambda: functional.cross_entropy(model(x), y).backward(), model)  # and the profiler is free again

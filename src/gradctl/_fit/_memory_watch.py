@@ -238,10 +238,9 @@ class StepWatch:
             for handle in (
                 _taps.engine.subscribe(self._around_engine, order="measure"),
                 _taps.optimizer_step.subscribe(before=self._steps, after=self._stepped, order="measure"),
+                _taps.module_called.subscribe(self._around_module, order="measure"),
             ):
                 stack.callback(handle.remove)
-            hook = torch.nn.modules.module.register_module_forward_pre_hook(self._called)
-            stack.callback(hook.remove)
             stack.enter_context(self._ledger)
             watch = _saved.arm_lines(modules=self._names, hooks_disabled=_HooksDisabled(), tally=self._packs)
             if watch is None:
@@ -333,12 +332,17 @@ class StepWatch:
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
-    def _called(self, module: Module, args: tuple[Any, ...]) -> None:
+    def _around_module(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(module: Module, /, *args: Any, **kwargs: Any) -> Any:
+            self._called(module, args, kwargs)
+            return inner(module, *args, **kwargs)
+
+        return call
+
+    def _called(self, module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in self._names:
             self._meet(module)
         if id(module) in self._roots:
-            # torch hands such a hook no keywords; its own frame, which calls this, holds them.
-            kwargs = sys._getframe(1).f_locals.get("kwargs")
             for tensor in _tensors_in([args, kwargs]):
                 entry = self._ledger.known(tensor)
                 if entry is None or tensor.requires_grad or entry.number in self.facts.weights:
