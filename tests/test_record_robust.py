@@ -406,3 +406,36 @@ def test_a_program_that_never_steps_keeps_no_growing_list(tmp_path: Path) -> Non
     finally:
         _hot.MOST_STAMPS = kept
     assert 0 < most <= 500 + ATOMS
+
+
+THREADS = """
+import sys, threading
+import torch
+import gradctl
+
+def train(seed):
+    weight = torch.nn.Parameter(torch.randn(30, 30, generator=torch.Generator().manual_seed(seed)))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    for _ in range(12):
+        optimizer.zero_grad()
+        weight.pow(2).mean().backward()
+        optimizer.step()
+
+for number in range(60):
+    with gradctl.record(f"{sys.argv[1]}/{number}", report=False, quiet=True) as recording:
+        threads = [threading.Thread(target=train, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert recording.journal.named("fault") == ()
+    assert recording.journal.named("order")
+"""
+
+
+def test_gradients_that_other_threads_are_computing_are_not_read(tmp_path: Path) -> None:
+    """A `.grad` that is read while the engine of another thread writes it ends the process: here nine times in ten."""
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, tmp_path], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

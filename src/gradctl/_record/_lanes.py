@@ -81,13 +81,13 @@ class Stretch:
             first group is a part only.
     """
 
-    __slots__ = ("_counts", "_first", "clean")
+    __slots__ = ("_counts", "clean", "first")
 
     FIRST, LATER = 12, 3
     LONG = 64
 
     def __init__(self, *, first: bool, clean: int | None) -> None:
-        self._first = first
+        self.first = first
         self._counts: dict[int, int] = {}
         self.clean = clean
 
@@ -103,6 +103,6 @@ class Stretch:
         most, total = max(self._counts.values(), default=0), sum(self._counts.values())
         if total >= self.LONG:
             return True
-        if self._first:
+        if self.first:
             return total >= self.FIRST and min(self._counts.values()) >= 3
         return most >= self.LATER

@@ -66,6 +66,9 @@ class Order:
         self._lanes: dict[int, Lane] = {}
         self._stretch: Stretch | None = None
         self._watched: dict[int, Watched] = {}
+        self._claims: dict[int, int] = {}
+        self._threads: set[int] = set()
+        self._looking = threading.RLock()
         self._numbers: dict[Any, int] = {}
         self._next = _NEXT
         self._skips = self._overflows = 0
@@ -149,6 +152,9 @@ class Order:
     def after_fork_in_child(self) -> None:
         """Start afresh: what the parent has seen is the parent's."""
         self._lanes.clear()
+        self._claims.clear()
+        self._threads.clear()
+        self._looking = threading.RLock()  # another thread of the parent may have held it
         self._forms.forget()
         if self._stretch is not None:
             self._stretch = Stretch(first=True, clean=None)
@@ -207,7 +213,9 @@ class Order:
         ident = threading.get_ident()
         lane = self._lanes.get(ident)
         if lane is None:
-            lane = self._lanes[ident] = Lane()
+            with self._looking:  # a thread that is new does not begin while another one looks at gradients
+                self._threads.add(ident)
+                lane = self._lanes[ident] = Lane()
         return lane
 
     def _number(self, thing: Any) -> int:
@@ -239,13 +247,29 @@ class Order:
                 watched[id(optimizer)] = Watched(optimizer)
         for key in [key for key, one in watched.items() if one.reference() is None]:
             del watched[key]
+            self._claims.pop(key, None)
         if len(watched) > _MOST_OPTIMIZERS:
             self.stop()
             return {}
         return watched
 
     def _marks(self) -> dict[int, Marks]:
-        return {key: one.marks() for key, one in self._all_watched().items()}
+        with self._looking:
+            return {key: one.marks() for key, one in self._all_watched().items() if self._is_mine(key, one)}
+
+    def _is_mine(self, key: int, watched: Watched) -> bool:
+        """Whether this thread may look at the gradients of an optimizer.
+
+        The engine puts a gradient in its place without Python's lock: who reads it from another thread meanwhile may
+        end the program by a segmentation fault.
+        """
+        claim = self._claims.get(key)
+        if claim is not None:
+            return claim == threading.get_ident()
+        state = self._state_of(watched.reference())
+        if state is not None:
+            return state.thread == threading.current_thread().name
+        return len(self._threads) < 2 and self._stretch is not None and self._stretch.first
 
     def _refresh(self, lane: Lane) -> None:
         lane.marks = self._marks()
@@ -467,6 +491,8 @@ class Order:
 
     def _zeroed(self, flags: str, about: int) -> None:
         lane, call = self._lane(), self._places.here()
+        if about:
+            self._claims[about] = threading.get_ident()
         lane.add(Op("Z", call.site, flags, about=about))
         if lane.pending:
             self._forms.cleared(lane.pending, call.site)
@@ -486,6 +512,7 @@ class Order:
 
     def _steps(self, optimizer: Any) -> None:
         lane, call, key = self._lane(), self._places.here(), id(optimizer)
+        self._claims[key] = threading.get_ident()
         flags = "v" if lane.scaling == key else ""
         watched = self._all_watched().get(key)
         if watched is not None:
