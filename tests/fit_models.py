@@ -111,9 +111,7 @@ class UNet(nn.Module):
 
     def __init__(self, *, width: int = 8, depth: int = 3) -> None:
         super().__init__()
-        self.down = nn.ModuleList(
-            [_twice(1, width), *(_twice(width << i, width << (i + 1)) for i in range(depth))]
-        )
+        self.down = nn.ModuleList([_twice(1, width), *(_twice(width << i, width << (i + 1)) for i in range(depth))])
         self.pool = nn.MaxPool2d(2)
         self.rise = nn.ModuleList(
             nn.ConvTranspose2d(width << (i + 1), width << i, 2, 2) for i in reversed(range(depth))

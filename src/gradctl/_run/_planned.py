@@ -47,6 +47,11 @@ class Planned:
         if not script.applied:
             self._failed(str(script.nearest) if script.nearest is not None else "no model was called with gradients on")
 
+    def undo(self) -> None:
+        """Give the model its own forward back."""
+        if self._plan is not None:
+            self._plan.undo()
+
     def drop(self) -> None:
         """In a forked child: stop, and say nothing."""
         script, self._script = self._script, None

@@ -22,6 +22,7 @@ from gradctl._journal import Journal, Run
 from gradctl._policy import Grad, OnNonfinite, Policy
 from gradctl._run import _at_exit, _directory, _launcher, _unseen
 from gradctl._run._nonfinite import NonfiniteExplainer, explainer
+from gradctl._run._planned import Planned, planned
 from gradctl._run._process import ProcessJournal
 from gradctl._run._redact import redact
 from gradctl._run._watched import StepWatcher, watcher
@@ -33,6 +34,7 @@ def record(
     out: str | os.PathLike[str] | None = None,
     *,
     name: str | None = None,
+    plan: str | os.PathLike[str] | None = None,
     report: bool | None = None,
     quiet: bool | None = None,
     watch_steps: int | None = None,
@@ -53,6 +55,7 @@ def record(
     Args:
         out: the run directory; by default `gradctl-runs/<script>-<UTC time>[-NAME]`.
         name: a word that ends the name of the run directory.
+        plan: a plan of `gradctl fit`, applied to its model until the recording is stopped.
         report: write `report.html` when the recording stops.
         quiet: do not say on stderr where the report is.
         watch_steps: record only the first steps of each optimizer, and trace them: what is wrong with their gradients
@@ -76,6 +79,7 @@ def record(
     keywords = {
         "out": os.fspath(out) if out is not None else None,
         "name": name,
+        "plan": os.fspath(plan) if plan is not None else None,
         "report": report,
         "quiet": quiet,
         "watch_steps": watch_steps,
@@ -105,9 +109,11 @@ def record(
 
 def _check_agreement(given: set[str], policy: Policy, settings: Mapping[str, Any]) -> None:
     """Refuse keywords that ask for something else than the run that is recording already."""
-    for key in ("out", "grad", "watch_steps", "on_nonfinite", "lines", "budget"):
+    for key in ("out", "plan", "grad", "watch_steps", "on_nonfinite", "lines", "budget"):
         asked, runs = getattr(policy, key), settings[key]
-        if key == "out":
+        if key == "plan":
+            agrees = (None if asked is None else os.path.abspath(asked)) == runs
+        elif key == "out":
             asked = None if asked is None else os.path.abspath(asked)
             # On a further host, and after a restart by the launcher, the run's own name for it is longer.
             agrees = re.fullmatch(rf"{re.escape(asked or '')}(-node\d+)?(-restart\d+)?", runs) is not None
@@ -140,6 +146,7 @@ class Recording:
         self._switch: Any = None
         self._explainer: NonfiniteExplainer | None = None
         self._watcher: StepWatcher | None = None
+        self._planned: Planned | None = None
 
     @property
     def journal(self) -> Journal:
@@ -212,6 +219,9 @@ class Recording:
         self._recorder.settle()
         if self._explainer is not None:
             self._explainer.stop()
+        if self._planned is not None:
+            self._planned.end()
+            self._planned.undo()
         if self._watcher is not None:
             self._watcher.end(error)
         if is_child and not self._writer.started:
@@ -267,6 +277,8 @@ class Recording:
             self._explainer.drop()
         if self._watcher is not None:
             self._watcher.drop()
+        if self._planned is not None:
+            self._planned.drop()
         self._writer.forget()
         self._recorder.after_fork_in_child()
 
@@ -325,6 +337,9 @@ def _begin(policy: Policy) -> Recording:
     ]
     atexit.register(recording._at_exit)
     _recordings.add(recording)
+    recording._planned = planned(None if policy.plan is None else os.path.abspath(policy.plan), journal, say)
+    if recording._planned is not None:
+        recording._planned.begin()
     if recording._watcher is not None:
         recording._watcher.begin()
     return recording

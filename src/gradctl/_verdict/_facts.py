@@ -47,6 +47,16 @@ class Facts:
         """One journal a rank."""
         return rank_journals(self.run)
 
+    @property
+    def plan(self) -> Mapping[str, Any] | None:
+        """What the run says of its plan; None if it had none, or says what makes no sense."""
+        told = self.main.named("plan") if self.main is not None else ()
+        data = told[-1].data if told else None
+        if data is None or not data.get("applied"):
+            return data
+        figures = [data.get("budget"), data.get("predicted"), data.get("measured", 0) or 0]
+        return data if all(isinstance(f, int | float) and 0 <= f < 1 << 62 for f in figures) else None
+
     @cached_property
     def main(self) -> Journal | None:
         """The journal that the figures are about."""

@@ -109,9 +109,22 @@ def _memory(facts: Facts) -> Figure:
     )
     device = max((r.cuda for r in rows if r.cuda is not None), default=0.0)
     if device > 0 and math.isfinite(device):
-        return Figure(
-            "peak memory",
-            size(device * (1 << 20)),
-            f"of the GPU; host {size(host * (1 << 20))}" if host > 0 else "of the GPU",
-        )
-    return Figure("peak memory", size(host * (1 << 20)) if 0 < host < math.inf else "not measured")
+        where = f"of the GPU; host {size(host * (1 << 20))}" if host > 0 else "of the GPU"
+        return Figure("peak memory", size(device * (1 << 20)), _with_plan(where, facts))
+    return Figure(
+        "peak memory", size(host * (1 << 20)) if 0 < host < math.inf else "not measured", _with_plan("", facts)
+    )
+
+
+def _with_plan(detail: str, facts: Facts) -> str:
+    """Add what a plan of `gradctl fit` has come to, where one was given."""
+    plan = facts.plan
+    if plan is None:
+        return detail
+    if not plan.get("applied"):
+        words = "the plan was not applied"
+    else:
+        budget, predicted, measured = plan["budget"], plan["predicted"], plan.get("measured")
+        step = size(measured) if measured is not None else f"{size(predicted)} predicted"
+        words = f"plan: {step} of {size(budget)}"
+    return f"{detail}; {words}" if detail else words

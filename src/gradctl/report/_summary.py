@@ -70,6 +70,7 @@ def _rank(journal: Journal) -> dict[str, Any]:
         "optimizers": [_optimizer(training) for training in found],
         "nonfinite_steps": max(bad, default=0),
         "skipped_steps": max((t.skipped for t in found), default=0),
+        **_plan(journal),
         "loss": {"first": seen.first if seen else None, "last": seen.last if seen else None},
         "recorder": {
             "share": end.share if end else None,
@@ -81,6 +82,15 @@ def _rank(journal: Journal) -> dict[str, Any]:
 
 def _optimizer(training: Training) -> dict[str, Any]:
     return {"class": training.record.cls, "parameters": training.expected, "reached": training.reached}
+
+
+def _plan(journal: Journal) -> dict[str, Any]:
+    """Return what became of the plan that the run was given, if it was given one."""
+    told = journal.named("plan")
+    if not told:
+        return {}
+    keys = ("applied", "model", "budget", "predicted", "measured", "why")
+    return {"plan": {key: told[-1].data[key] for key in keys if key in told[-1].data}}
 
 
 def _not_seen(journal: Journal) -> list[tuple[str, str]]:
