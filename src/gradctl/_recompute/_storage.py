@@ -60,6 +60,8 @@ _IN_PLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 
 def alias(tensor: Tensor) -> Tensor:
     """Return a tensor on the same storage, without history, that shares the version counter; no mode sees it made."""
+    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+        return tensor.detach()  # what holds its tensors inside must be asked itself
     with _no_dispatch(), _keep_version(_IN_PLACE_OR_VIEW, False):
         return tensor.detach()
 
