@@ -478,6 +478,20 @@ NAMES: tuple[PrivateName, ...] = (
         "the recipe of a region is kept until its graph is gone, which costs memory",
     ),
     PrivateName(
+        "storage_uses",
+        "torch._C:_storage_Use_Count",
+        "2.13",
+        "fit",
+        "the gradient of a cross-entropy has a place of its own",
+    ),
+    PrivateName(
+        "dispatch_modes",
+        "torch.utils._python_dispatch:_get_current_dispatch_mode_stack",
+        "2.13",
+        "fit",
+        "fit is not available",
+    ),
+    PrivateName(
         "set_versions",
         "torch._C:_autograd._unsafe_set_version_counter",
         "2.13",

@@ -27,8 +27,8 @@ from gradctl._fit._solve import Chosen, Costs, Frontiers, choose, frontiers, has
 from gradctl._policy import parse_size
 from gradctl._recompute import Codec, RegionPlan, Verify
 
-Lever = Literal["pack", "replay"]
-LEVERS: Final[tuple[Lever, ...]] = ("pack", "replay")
+Lever = Literal["pack", "replay", "head"]
+LEVERS: Final[tuple[Lever, ...]] = ("pack", "replay", "head")
 _CORRECTIONS: Final = 3
 _FEWEST_SEGMENTS: Final = 2
 _USED: Final = 0.97
@@ -63,7 +63,8 @@ def fit(
             over the step, with weights, gradients, optimizer state and inputs.
         optimizer: the optimizer or optimizers that `step` uses; found by itself where it holds the model's parameters.
         time_limit: seconds for solving.
-        levers: what may be done: "pack" (masks as bits, pooling indices as int16), "replay" (make results again).
+        levers: what may be done: "pack" (masks as bits, pooling indices as int16), "replay" (make results again),
+            "head" (write the gradient of a cross-entropy over the one that came in, on the CPU).
         verify: what of a dropped result is compared with what is made again: "full", "sample" or "off".
         prove_steps: compare the gradients of so many steps with those of the plain model, bitwise, before the plan is
             kept. The plain step must fit for that.
@@ -87,7 +88,7 @@ def fit(
         return _known(model, optimizers)
 
     with restored(model, optimizers):
-        seen = profile(model, step, segment_modules(model), known)
+        seen = profile(model, step, segment_modules(model), known, head="head" in levers)
     _check(seen, model)
     planner = Planner(model, seen, levers, verify, time_limit)
     plan = planner.plan(budget)
@@ -106,6 +107,7 @@ class Planner:
         self.model = model
         self.seen = seen
         self.verify: Verify = verify
+        self.levers: tuple[str, ...] = ("head",) if seen.spared else ()
         self.standing = seen.ledger.standing()
         begin = time.perf_counter()
         self.candidates: list[tuple[Layout, Frontiers]] = []
@@ -133,8 +135,8 @@ class Planner:
     def plan(self, budget: int, *, aim: int | None = None) -> Plan:
         """Return the plan for a budget; `aim` is what is solved for, where that is lower."""
         above = (budget if aim is None else aim) - self.standing
-        if above >= self.plain_peak:
-            return self._made(budget, self.plain_peak, None, [])
+        if above >= self.plain_peak + self.seen.spared:
+            return self._made(budget, self.plain_peak + self.seen.spared, None, [], levers=())
         best: tuple[float, Layout, Chosen] | None = None
         for layout, found in self.candidates:
             chosen = choose(layout, found, above)
@@ -169,7 +171,9 @@ class Planner:
         error.smallest = smallest
         return error
 
-    def _made(self, budget: int, peak: int, layout: Layout | None, chosen: Chosen) -> Plan:
+    def _made(
+        self, budget: int, peak: int, layout: Layout | None, chosen: Chosen, *, levers: tuple[str, ...] | None = None
+    ) -> Plan:
         calls: dict[str, RegionPlan] = {}
         for call in self.seen.calls:
             own = [(s, o) for s, o in chosen if s.call is call]
@@ -207,7 +211,7 @@ class Planner:
             budget=budget,
             standing=self.standing,
             predicted_peak=peak + self.standing,
-            plain_peak=self.plain_peak + self.standing,
+            plain_peak=self.plain_peak + self.seen.spared + self.standing,
             predicted_slowdown=1 + extra / max(self.seconds, 1e-9),
             regions=regions,
             frontier=self._frontier() if chosen else (),
@@ -216,6 +220,7 @@ class Planner:
             model=parameters_of(self.model),
             verify=self.verify,
             remarks=remarks,
+            levers=self.levers if levers is None else levers,
         )
 
     def _frontier(self) -> tuple[tuple[int, float], ...]:

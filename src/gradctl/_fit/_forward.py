@@ -14,6 +14,7 @@ import torch
 from torch.nn import Module
 
 from gradctl._errors import UsageError
+from gradctl._fit._levers_head import HeadInPlace
 from gradctl._recompute import Recording, RegionPlan, Tape, Verify, kind_of, outer_hooks
 
 _MISSING: Final = object()
@@ -37,9 +38,10 @@ class AppliedPlan:
         model: whose `forward` is wrapped, in this instance only.
         calls: what to do in each kind of call, by the digest of the kind.
         verify: what is remembered of a dropped result.
+        head: write the gradient of a cross-entropy in place.
     """
 
-    def __init__(self, model: Module, calls: Mapping[str, RegionPlan], verify: Verify) -> None:
+    def __init__(self, model: Module, calls: Mapping[str, RegionPlan], verify: Verify, *, head: bool = False) -> None:
         self.model = model
         self.calls = dict(calls)
         self.verify: Verify = verify
@@ -50,7 +52,7 @@ class AppliedPlan:
                 what="a plan was applied to it before, and not undone",
                 fix="plan.undo() first",
             )
-        self._ours = PlannedForward(model, model.forward, self.calls, verify)
+        self._ours = PlannedForward(model, model.forward, self.calls, verify, head=head)
         model.__dict__["forward"] = self._ours
 
     def remove(self) -> None:
@@ -67,11 +69,18 @@ class PlannedForward:
     """Runs a model's forward on a tape that follows a plan."""
 
     def __init__(
-        self, model: Module, forward: Callable[..., Any], calls: dict[str, RegionPlan], verify: Verify
+        self,
+        model: Module,
+        forward: Callable[..., Any],
+        calls: dict[str, RegionPlan],
+        verify: Verify,
+        *,
+        head: bool = False,
     ) -> None:
         self._forward = forward
         self._calls = calls
         self._verify: Verify = verify
+        self._head = head
         self._warned = False
         self._model = weakref.ref(model)
         functools.update_wrapper(self, forward, updated=())
@@ -85,7 +94,7 @@ class PlannedForward:
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
         plan = self._calls.get(digest_of(args, kwargs)) or next(iter(self._calls.values()))
-        tape = Tape(plan=plan, verify=self._verify, outer=outer_hooks())
+        tape = (HeadInPlace if self._head else Tape)(plan=plan, verify=self._verify, outer=outer_hooks())
         with torch.autograd.graph.saved_tensors_hooks(tape.pack, tape.unpack), Recording(tape):
             out = self._forward(*args, **kwargs)
         tape.finish()
@@ -110,4 +119,6 @@ class PlannedForward:
         owner = getattr(self._forward, "__self__", None)
         copied = memo.get(id(owner))
         assert copied is not None, "a forward is copied with its model"
-        return PlannedForward(copied, self._forward.__func__.__get__(copied), self._calls, self._verify)  # type: ignore[attr-defined]
+        return PlannedForward(
+            copied, self._forward.__func__.__get__(copied), self._calls, self._verify, head=self._head
+        )  # type: ignore[attr-defined]

@@ -62,6 +62,7 @@ class Plan:
         verify: what of a dropped result is compared with what is made again.
         measured_peak: bytes that a step under the plan had alive, standing included; None before that was measured.
         remarks: what a reader must know besides.
+        levers: what is done beside keeping, packing and making again: "head".
     """
 
     budget: int
@@ -77,12 +78,13 @@ class Plan:
     verify: Verify = "full"
     measured_peak: int | None = None
     remarks: tuple[str, ...] = ()
+    levers: tuple[str, ...] = ()
     _applied: list[AppliedPlan] = field(default_factory=list[AppliedPlan], compare=False, repr=False)
 
     @property
     def drops_nothing(self) -> bool:
         """Whether the plain program fits the budget already."""
-        return not any(call.drop or call.pack for call in self.calls)
+        return not self.levers and not any(call.drop or call.pack for call in self.calls)
 
     def apply(self, model: Module) -> Plan:
         """Put the plan to work in a model: its `forward` is wrapped, in this instance, until `undo`.
@@ -95,7 +97,11 @@ class Plan:
         """
         _compare(self.model, parameters_of(model))
         if not self.drops_nothing:
-            self._applied.append(AppliedPlan(model, dict(zip(self.kinds, self.calls, strict=True)), self.verify))
+            self._applied.append(
+                AppliedPlan(
+                    model, dict(zip(self.kinds, self.calls, strict=True)), self.verify, head="head" in self.levers
+                )
+            )
         return self
 
     def undo(self) -> None:
@@ -115,6 +121,7 @@ class Plan:
             "measured_peak": self.measured_peak,
             "verify": self.verify,
             "remarks": list(self.remarks),
+            "levers": list(self.levers),
             "model": [[name, list(shape)] for name, shape in self.model],
             "frontier": [list(point) for point in self.frontier],
             "regions": [
@@ -161,6 +168,7 @@ class Plan:
                 measured_peak=None if data["measured_peak"] is None else int(data["measured_peak"]),
                 verify=_one_of(data["verify"], ("full", "sample", "off")),
                 remarks=tuple(map(str, data["remarks"])),
+                levers=tuple(_one_of(lever, ("head",)) for lever in data.get("levers", ())),
                 model=tuple((str(name), tuple(map(int, shape))) for name, shape in data["model"]),
                 frontier=tuple((int(budget), float(slowdown)) for budget, slowdown in data["frontier"]),
                 regions=tuple(
@@ -214,6 +222,8 @@ class Plan:
         ]
         if self.drops_nothing:
             lines.append("  the plain program fits: nothing is dropped")
+        if "head" in self.levers:
+            lines.append("  the gradient of the cross-entropy is written in place")
         lines += _merged(self.regions)
         if self.frontier:
             lines.append("  budget     time")

@@ -19,6 +19,7 @@ from torch.nn import Module
 from gradctl._fit._allocator import Allocated, name_of
 from gradctl._fit._forward import digest_of
 from gradctl._fit._ledger import OPERATION, Entry, Ledger
+from gradctl._fit._levers_head import HeadInPlace
 from gradctl._fit._segments import cutting
 from gradctl._recompute import Operation, Recording, Tape, Version, outer_hooks
 
@@ -118,12 +119,14 @@ class Profile:
         loss: what the step returned.
         work: by event, the bytes that allocators had given out before it beyond those that the ledger knows: what
             kernels have for themselves, and what autograd holds.
+        spared: bytes of gradients that were written in place, where the plain step has a place for each.
     """
 
     calls: list[Call]
     ledger: Ledger
     loss: Any = None
     work: dict[int, int] = field(default_factory=dict[int, int])
+    spared: int = 0
 
 
 class _Values(dict[Any, Any]):
@@ -234,8 +237,17 @@ class _ProfilingTape(Tape):
         self.again.clear()
 
 
+class _ProfilingHead(HeadInPlace, _ProfilingTape):
+    """The same, where the gradient of a cross-entropy is written in place."""
+
+
 def profile(
-    model: Module, step: Callable[[], Any], modules: dict[str, Module], known: Callable[[], list[Tensor]]
+    model: Module,
+    step: Callable[[], Any],
+    modules: dict[str, Module],
+    known: Callable[[], list[Tensor]],
+    *,
+    head: bool = False,
 ) -> Profile:
     """Run a step once, keeping as little as it can.
 
@@ -244,18 +256,21 @@ def profile(
         step: runs forward, backward and whatever else belongs to a step.
         modules: where the model is cut.
         known: returns the tensors that are there before the step.
+        head: write the gradient of a cross-entropy in place.
 
     Returns:
         What it did.
     """
-    with profiling(model, modules, known) as seen:
+    with profiling(model, modules, known, head=head) as seen:
         loss = step()
     seen.loss = loss.detach() if isinstance(loss, Tensor) else loss
     return seen
 
 
 @contextmanager
-def profiling(model: Module, modules: dict[str, Module], known: Callable[[], list[Tensor]]) -> Generator[Profile]:
+def profiling(
+    model: Module, modules: dict[str, Module], known: Callable[[], list[Tensor]], *, head: bool = False
+) -> Generator[Profile]:
     """Profile the step that runs inside; see `profile`. The profile is whole when it is left without an error."""
     device = device_of(model)
     ledger = Ledger(device)
@@ -270,7 +285,7 @@ def profiling(model: Module, modules: dict[str, Module], known: Callable[[], lis
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         call = Call(len(seen.calls), digest_of(args, kwargs))
-        tape = _ProfilingTape(call, ledger)
+        tape = _ProfilingHead(call, ledger) if head else _ProfilingTape(call, ledger)
         seen.calls.append(call)
         tapes.append(tape)
         with (
@@ -286,6 +301,8 @@ def profiling(model: Module, modules: dict[str, Module], known: Callable[[], lis
         yield seen
     for tape in tapes:
         tape.settle()
+        if isinstance(tape, HeadInPlace):
+            seen.spared += sum(tape.spared)
     _settle_work(seen, allocated, name_of(device))
 
 

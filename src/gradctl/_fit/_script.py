@@ -170,7 +170,9 @@ class ScriptFit:
                 f"{others} more module{'s are' if others > 1 else ' is'} called in a step; what is saved there stays"
             )
         self._models.clear()
-        self._profile = self._running.enter_context(profiling(model, segment_modules(model), self._known))
+        self._profile = self._running.enter_context(
+            profiling(model, segment_modules(model), self._known, head="head" in self._levers)
+        )
 
     def _planned(self, seen: Profile) -> None:
         self._profile = None
