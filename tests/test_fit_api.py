@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from gradctl._errors import BudgetTooSmall, PlanMismatch
 from gradctl._fit import Plan, _solve, fit
 
 PREDICTED = 0.03
-"""How far the allocator's peak may be from the predicted one, as a share; small models have more odd bytes than large."""
+"""How far the allocator's peak may be from the predicted one, as a share; small models have more odd bytes."""
 
 
 def smallest_of(made: Training) -> int:
@@ -73,12 +72,12 @@ def test_the_smallest_budget_that_is_said_works() -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted() -> Iterator[tuple[Training, Plan]]:
+def fitted() -> tuple[Training, Plan]:
     made = training("gpt")
     plan = fit(made.model, made, memory=6_500_000)
     assert not plan.drops_nothing
     plan.undo()
-    yield made, plan
+    return made, plan
 
 
 def test_fitting_leaves_weights_gradients_optimizer_and_random_state_as_they_were() -> None:

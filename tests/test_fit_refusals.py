@@ -1,4 +1,4 @@
-"""`gradctl.fit` and its plans, given what they cannot use: each is refused with a sentence, and nothing stays changed."""
+"""`gradctl.fit` and its plans, given what they cannot use: refused with a sentence, and nothing stays changed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_a_step_that_returns_no_loss_is_refused(returned: Any) -> None:
         made()
         return returned
 
-    with pytest.raises(UsageError, match="the step returned .*, not a loss|loss, a tensor of one number"):
+    with pytest.raises(UsageError, match=r"the step returned .*, not a loss|loss, a tensor of one number"):
         fit(made.model, step, memory="1GiB")
 
 
@@ -183,7 +183,7 @@ def test_a_malformed_plan_is_refused(written: dict[str, Any], key: str, value: A
 
 @pytest.mark.parametrize("data", [None, 3, [], {}, "plan"])
 def test_what_is_no_plan_is_refused(data: Any) -> None:
-    with pytest.raises(UsageError, match="no plan of gradctl|schema"):
+    with pytest.raises(UsageError, match=r"no plan of gradctl|schema"):
         Plan.from_json(data)
 
 

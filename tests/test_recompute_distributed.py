@@ -1,4 +1,4 @@
-"""Regions in two processes that talk over Gloo: around and below DDP and `fully_shard`, and with collectives."""
+"""Regions in two processes over Gloo: around and below DDP and `fully_shard`, and with collectives."""
 
 from __future__ import annotations
 

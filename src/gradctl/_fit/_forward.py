@@ -87,7 +87,9 @@ class PlannedForward:
         del self.__wrapped__  # type: ignore[attr-defined]  # a bound method: it would lead a copy to the first model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = self._call if "torch._dynamo" not in sys.modules else torch.compiler.disable(self._call)
+        call: Any = self._call
+        if "torch._dynamo" in sys.modules:
+            call = torch.compiler.disable(call)
         return call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,8 +111,9 @@ class PlannedForward:
         segment = sum(cut <= at for cut in plan.cuts)
         expected = str(plan.functions[at]) if at < len(plan.functions) else "the end"
         warnings.warn(
-            f"the model did not do what its plan expects from operation {at} on (segment {segment}, expected {expected}): "
-            "everything after it is kept, and the budget may be exceeded; make a new plan for these inputs",
+            f"the model did not do what its plan expects from operation {at} on "
+            f"(segment {segment}, expected {expected}): everything after it is kept, and the budget may be exceeded; "
+            "make a new plan for these inputs",
             PlanNotFollowed,
             stacklevel=2,
         )
@@ -119,6 +122,5 @@ class PlannedForward:
         owner = getattr(self._forward, "__self__", None)
         copied = memo.get(id(owner))
         assert copied is not None, "a forward is copied with its model"
-        return PlannedForward(
-            copied, self._forward.__func__.__get__(copied), self._calls, self._verify, head=self._head
-        )  # type: ignore[attr-defined]
+        bound: Any = self._forward
+        return PlannedForward(copied, bound.__func__.__get__(copied), self._calls, self._verify, head=self._head)

@@ -12,6 +12,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradctl._fit._allocator import mark
+from gradctl._recompute import dispatches
 
 OPERATION: Final = "operation "
 """What the allocator's mark of an operation begins with."""
@@ -37,7 +38,7 @@ class Entry:
     ) -> None:
         self.number = number
         self.nbytes = storage.nbytes()
-        self.device = storage.device.type if storage.device.index is None else str(storage.device)
+        self.device = str(storage.device)
         self.born = born
         self.died: int | None = None
         self.where = where
@@ -118,7 +119,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _input(self, tensor: Tensor) -> None:
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        if dispatches(tensor) or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if self._device is not None and storage.device != self._device:
@@ -132,7 +133,7 @@ class Ledger(TorchDispatchMode):
                 self._add(storage, tensor, 0, None)
 
     def _output(self, tensor: Tensor, operation: Any) -> None:
-        if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__ or tensor.layout is not torch.strided:
+        if dispatches(tensor) or tensor.layout is not torch.strided:
             return
         storage = tensor.untyped_storage()
         if self._device is not None and storage.device != self._device:

@@ -24,7 +24,7 @@ from gradctl._fit._plan import Plan
 from gradctl._fit._profile import Profile, device_of, forward_of, profiling
 from gradctl._fit._segments import cutting, segment_modules
 from gradctl._policy import parse_size
-from gradctl._recompute import Recording, Tape, Verify, outer_hooks
+from gradctl._recompute import Recording, Tape, Verify, dispatches, outer_hooks
 
 _LEAN_STEPS: Final = 2
 _WRAPPERS: Final = ("torch.nn.parallel", "torch.distributed", "torch._dynamo")
@@ -316,7 +316,7 @@ def alive(device: torch.device) -> list[Tensor]:
     """Return every tensor that Python knows on a device, and their gradients."""
     found: list[Tensor] = []
     for one in gc.get_objects():
-        if not issubclass(type(one), Tensor) or type(one).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        if not issubclass(type(one), Tensor) or dispatches(one):
             continue
         tensor: Tensor = one
         if tensor.device != device or tensor.layout is not torch.strided:

@@ -143,8 +143,8 @@ class Program:
         for i, step in enumerate(self.steps):
             wanted += [([self.maker[key], *at_hand[key]], i) for key in step.reads if key in self.maker]
         matrix: Any = lil_matrix((len(wanted) + 1 + len(packs), rows + keeps + len(packs)))
-        low = np.zeros(len(wanted) + 1 + len(packs))
-        high = np.full(len(low), np.inf)
+        low: Any = np.zeros(len(wanted) + 1 + len(packs))
+        high: Any = np.full(len(low), np.inf)
         for i, (any_of, user) in enumerate(wanted):
             for column in any_of:
                 matrix[i, column] = 1

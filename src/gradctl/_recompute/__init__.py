@@ -9,7 +9,7 @@ from __future__ import annotations
 from gradctl._recompute._api import Recomputed, kind_of, recompute
 from gradctl._recompute._notes import Keep, Made, Operation, RegionPlan, Version
 from gradctl._recompute._region import run
-from gradctl._recompute._storage import Codec, Verify
+from gradctl._recompute._storage import Codec, Verify, dispatches
 from gradctl._recompute._tape import Recording, Tape, outer_hooks
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Tape",
     "Verify",
     "Version",
+    "dispatches",
     "kind_of",
     "outer_hooks",
     "recompute",

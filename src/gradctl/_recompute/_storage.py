@@ -58,9 +58,16 @@ _no_dispatch = private.get("no_torch_dispatch")
 _IN_PLACE_OR_VIEW = torch._C.DispatchKey.ADInplaceOrView
 
 
+def dispatches(tensor: Tensor) -> bool:
+    """Whether a tensor's class handles operations itself (DTensor, quantized wrappers): it holds its data elsewhere."""
+    kind: Any = type(tensor)
+    plain: Any = Tensor
+    return kind.__torch_dispatch__ is not plain.__torch_dispatch__
+
+
 def alias(tensor: Tensor) -> Tensor:
     """Return a tensor on the same storage, without history, that shares the version counter; no mode sees it made."""
-    if type(tensor).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl:
+    if dispatches(tensor):
         return tensor.detach()  # what holds its tensors inside must be asked itself
     with _no_dispatch(), _keep_version(_IN_PLACE_OR_VIEW, False):
         return tensor.detach()

@@ -62,9 +62,9 @@ class Step:
             loss itself says that it was divided by, where its last operation is a mean, `mse_loss`, `nll_loss`,
             `cross_entropy` or the like.
         loss: whether a loss is the mean or the sum over its microbatch.
-        on_nonfinite: what a NaN or inf gradient does: "skip" the step, "raise" (names the parameter), or "continue" with
-            it, as a plain loop does. Looking costs a gradient norm; None looks, and skips, where one is measured anyway:
-            with a norm to clip by or a loss scale.
+        on_nonfinite: what a NaN or inf gradient does: "skip" the step, "raise" (names the parameter), or "continue"
+            with it, as a plain loop does. Looking costs a gradient norm; None looks, and skips, where one is measured
+            anyway: with a norm to clip by or a loss scale.
         average: a `torch.optim.swa_utils.AveragedModel`, or a function of the model; called after steps that were not
             skipped.
         update: "in-backward" updates each parameter as soon as its gradient is there, and drops the gradient.
