@@ -22,15 +22,15 @@ ERRORS = {
     "UnknownPolicyKey", "UsageError", "WrongGradient",
 }  # fmt: skip
 VALUES = {"Finding", "Findings", "Journal"}
-WARNINGS = {"TornStepWarning"}
+WARNINGS = {"PlanNotFollowed", "TornStepWarning"}
 VERBS = {"explain", "off", "is_off", "record", "watch"}
 CALLS = {
-    "backward_with", "check", "clip", "custom_vjp", "freeze", "ggnvp", "gradient_noise_scale", "gradient_penalty",
-    "hessian_diagonal", "hvp", "jacobian", "jvp", "memory", "per_sample_grads", "per_sample_norms", "precision",
-    "replace", "reverse", "scale", "sharpness", "stop", "straight_through", "trainable", "unfreeze", "unfreeze_by_step",
-    "unrolled", "vjp",
+    "backward_with", "check", "clip", "custom_vjp", "fit", "freeze", "ggnvp", "gradient_noise_scale",
+    "gradient_penalty", "hessian_diagonal", "hvp", "jacobian", "jvp", "memory", "per_sample_grads",
+    "per_sample_norms", "precision", "recompute", "replace", "reverse", "scale", "sharpness", "stop",
+    "straight_through", "trainable", "unfreeze", "unfreeze_by_step", "unrolled", "vjp",
 }  # fmt: skip
-OBJECTS = {"GGNOperator", "HessianOperator", "JacobianOperator", "MemoryReport", "Step"}
+OBJECTS = {"GGNOperator", "HessianOperator", "JacobianOperator", "MemoryReport", "Plan", "Step"}
 MODULES = {"callbacks", "testing"}
 
 

@@ -29,7 +29,9 @@ __all__ = [
     "NonFiniteGradient",
     "NotPerSample",
     "PatternMatchesNothing",
+    "Plan",
     "PlanMismatch",
+    "PlanNotFollowed",
     "PrecisionRefused",
     "RunDirectoryError",
     "StaleSource",
@@ -48,6 +50,7 @@ __all__ = [
     "clip",
     "custom_vjp",
     "explain",
+    "fit",
     "freeze",
     "ggnvp",
     "gradient_noise_scale",
@@ -62,6 +65,7 @@ __all__ = [
     "per_sample_grads",
     "per_sample_norms",
     "precision",
+    "recompute",
     "record",
     "replace",
     "reverse",
@@ -124,11 +128,12 @@ if TYPE_CHECKING:
         WrongGradient,
     )
     from gradctl._explain import explain, watch
-    from gradctl._fit import MemoryReport, memory
+    from gradctl._fit import MemoryReport, Plan, PlanNotFollowed, fit, memory
     from gradctl._freeze import freeze, trainable, unfreeze, unfreeze_by_step
     from gradctl._journal import Journal
     from gradctl._off import is_off, off
     from gradctl._precision import precision
+    from gradctl._recompute import recompute
     from gradctl._results import Finding, Findings
     from gradctl._run import record
     from gradctl._step import Step
@@ -144,6 +149,10 @@ else:
         "record": "_run",
         "MemoryReport": "_fit",
         "memory": "_fit",
+        "fit": "_fit",
+        "Plan": "_fit",
+        "PlanNotFollowed": "_fit",
+        "recompute": "_recompute",
         "freeze": "_freeze",
         "unfreeze": "_freeze",
         "unfreeze_by_step": "_freeze",
