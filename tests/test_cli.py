@@ -56,11 +56,13 @@ def test_verbs_and_options_are_frozen() -> None:
     }
     assert found == {
         "run": [
-            "--budget", "--force", "--grad", "--lines", "--name", "--no-report", "--on-nonfinite", "--out", "--policy",
-            "--quiet", "--watch-steps", "-q",
+            "--budget", "--force", "--grad", "--lines", "--name", "--no-report", "--on-nonfinite", "--out", "--plan",
+            "--policy", "--quiet", "--watch-steps", "-q",
         ],
         "report": ["--force", "--json", "-o"],
         "explain": ["--at-step", "--full", "--into", "--json", "--no-rerun", "--notes", "--steps"],
+        "memory": ["--json", "--no-report", "--out", "--pickle", "--step"],
+        "fit": ["--json", "--memory", "-o"],
         "cause": [],
         "env": ["--json"],
     }  # fmt: skip
@@ -104,7 +106,7 @@ def test_help_names_every_verb_and_the_exit_codes(capsys: pytest.CaptureFixture[
         (["rnu", "x.py"], "Did you mean `run`?"),
         (["reprot"], "Did you mean `report`?"),
         (["train.py"], "Did you mean `gradctl run train.py`?"),
-        (["zzzzzz"], "There are: cause, env, explain, report, run."),
+        (["zzzzzz"], "There are: cause, env, explain, fit, memory, report, run."),
         (["run"], "Missing SCRIPT, -m MODULE or -c CODE"),
         (["run", "-O"], "Missing SCRIPT"),
         (["run", "-m"], "Missing SCRIPT"),

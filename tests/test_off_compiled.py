@@ -260,3 +260,18 @@ def test_a_custom_operation_with_a_derivative_records_nothing() -> None:
         assert twice(w).grad_fn is None
     twice(w).sum().backward()
     assert torch.equal(w.grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
+
+
+# dynamo's own, when it traces an autograd.Function
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_calls_of_ours_in_a_forward_are_compiled_after_gradients_were_off() -> None:
+    torch.compile(lambda x: x + 1, backend="aot_eager")(torch.ones(2))  # the compiler is there
+    with gradctl.off():
+        pass
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return gradctl.reverse(x * 2, strength=0.5).sum()
+
+    x = torch.ones(3, requires_grad=True)
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(x).backward()
+    assert torch.equal(x.grad, torch.full((3,), -1.0))

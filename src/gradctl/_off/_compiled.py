@@ -72,12 +72,13 @@ def lock() -> Any | None:
 
 
 def skip_us() -> None:
-    """Tell dynamo, if it is loaded, to run our own code as it is; to be told so twice changes nothing."""
+    """Tell dynamo, if it is loaded, to run what stands at the taps as it is; what takes part in a forward is traced."""
     global _told
     if not _told and "torch._dynamo" in sys.modules and _eval_frame() is not None:
         skip = private.find("dynamo_skip")
         if skip is not None:
-            skip("gradctl")
+            for package in ("_off", "_taps"):
+                skip(f"gradctl.{package}")
         _told = True
 
 
