@@ -421,6 +421,7 @@ def train(seed):
         weight.pow(2).mean().backward()
         optimizer.step()
 
+orders = 0
 for number in range(60):
     with gradctl.record(f"{sys.argv[1]}/{number}", report=False, quiet=True) as recording:
         threads = [threading.Thread(target=train, args=(seed,)) for seed in range(3)]
@@ -429,7 +430,8 @@ for number in range(60):
         for thread in threads:
             thread.join()
     assert recording.journal.named("fault") == ()
-    assert recording.journal.named("order")
+    orders += len(recording.journal.named("order"))
+assert orders > 0  # three threads share twelve steps: not every recording sees a whole group
 """
 
 

@@ -117,7 +117,7 @@ class Forms:
 
     def write(self, *, last: bool = False) -> None:
         """Write what is new; at the end also how often each form has come."""
-        for form in self._forms.values():
+        for form in list(self._forms.values()):
             if form.written == 0 or (last and form.written != form.count):
                 self.write_sites()
                 form.written = form.count

@@ -255,7 +255,7 @@ class Order:
 
     def _marks(self) -> dict[int, Marks]:
         with self._looking:
-            return {key: one.marks() for key, one in self._all_watched().items() if self._is_mine(key, one)}
+            return {key: one.marks() for key, one in list(self._all_watched().items()) if self._is_mine(key, one)}
 
     def _is_mine(self, key: int, watched: Watched) -> bool:
         """Whether this thread may look at the gradients of an optimizer.
@@ -357,7 +357,7 @@ class Order:
         big = limit >= (_BIG_ANYWAY if lane.scale is None else _BIG_LIMIT * lane.scale)
         op = Op("C", self._places.here().site, flags + ("b" if big else ""), which=self._number(ids))
         marks = self._marks()
-        for key, watched in self._all_watched().items():
+        for key, watched in list(self._all_watched().items()):
             held = {id(param) for param in watched.params()}
             if held & ids:
                 changed = key in lane.marks and lane.marks[key] != marks[key]
