@@ -123,7 +123,7 @@ class Forms:
                 form.written = form.count
                 self._journal.event("order", **form.fields, count=form.count)
         if last:
-            for (sites, zero), counts in self._cleared.items():
+            for (sites, zero), counts in list(self._cleared.items()):
                 if counts[0] != counts[1]:
                     self.write_sites()
                     counts[1] = counts[0]

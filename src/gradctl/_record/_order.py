@@ -138,7 +138,7 @@ class Order:
         self._finished = True
         self.stop()
         self._forms.write(last=True)
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             if whole and lane.pending and lane.stepped is not None:
                 self._forms.write_sites()
                 self._journal.event("left", o=lane.stepped, sites=lane.pending[-64:], count=len(lane.pending))
@@ -203,7 +203,7 @@ class Order:
     def _end_stretch(self) -> None:
         self._close()
         self._watched.clear()
-        for lane in self._lanes.values():
+        for lane in list(self._lanes.values()):
             lane.ops.clear()
             lane.marks.clear()
         if self._forms.accumulates and not self._ended:
@@ -245,8 +245,8 @@ class Order:
         for optimizer in self._optimizers():
             if id(optimizer) not in watched:
                 watched[id(optimizer)] = Watched(optimizer)
-        for key in [key for key, one in watched.items() if one.reference() is None]:
-            del watched[key]
+        for key in [key for key, one in list(watched.items()) if one.reference() is None]:
+            watched.pop(key, None)  # another thread may have been here
             self._claims.pop(key, None)
         if len(watched) > _MOST_OPTIMIZERS:
             self.stop()
