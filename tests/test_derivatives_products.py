@@ -263,9 +263,11 @@ def test_jvp_forward_and_double_vjp_agree_and_leave_values_and_versions() -> Non
 
 def test_a_graph_made_before_a_forward_product_is_good_after_it() -> None:
     model, loss = build("mlp")
+    expected = torch.autograd.grad(loss(), list(model.parameters()))
     value = loss()
     gradctl.ggnvp(loss, model, directions(model), method="dual")
     value.backward()
+    assert all(torch.equal(p.grad, plain) for p, plain in zip(model.parameters(), expected, strict=True))
 
 
 def test_several_outputs_and_inputs_keep_their_structure() -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import gradctl
 from gradctl import FreezeRefused, PatternMatchesNothing
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 
 class Reader(nn.Module):

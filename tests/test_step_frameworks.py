@@ -81,7 +81,8 @@ def test_a_recording_hears_clips_and_skips_and_changes_no_bit(tmp_path: Path) ->
 
 @pytest.fixture
 def accelerator_class() -> Any:
-    accelerate = pytest.importorskip("accelerate")
+    import accelerate
+
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerate.state.GradientState._reset_state()
     yield accelerate.Accelerator
@@ -127,7 +128,9 @@ def lightning() -> Any:
     """Imported before anything is held against leaks: the import sets a variable and patches torch."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return pytest.importorskip("lightning.pytorch")
+        import lightning.pytorch
+
+        return lightning.pytorch
 
 
 def lightning_module(lightning: Any, manual: bool, accumulate: int) -> Any:
@@ -191,7 +194,8 @@ def test_lightnings_automatic_optimization_is_refused(lightning: Any) -> None:
 
 @pytest.mark.slow
 def test_a_trainer_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model = network()
     arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
     trainer = transformers.Trainer(model=model, args=arguments)
@@ -202,7 +206,8 @@ def test_a_trainer_is_refused_with_the_way_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_transformers_model_trains_through_step_by_its_own_loss() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=3,
