@@ -52,10 +52,8 @@ def trained(
     return [*losses, *grads, *(value.clone() for value in model.state_dict().values())]
 
 
-def assert_same(ours: list[Tensor], plain: list[Tensor]) -> None:
-    assert len(ours) == len(plain)
-    for one, other in zip(ours, plain, strict=True):
-        assert torch.equal(one, other)
+def same(ours: list[Tensor], plain: list[Tensor]) -> bool:
+    return len(ours) == len(plain) and all(map(torch.equal, ours, plain))
 
 
 def recomputed(keep: Any = "nothing") -> nn.Sequential:
@@ -75,7 +73,7 @@ def test_inside_of_a_checkpoint_of_torch(keep: str, early: bool) -> None:
     def around(model: nn.Module, x: Tensor) -> Tensor:
         return checkpoint(model, x, use_reentrant=False, early_stop=early)
 
-    assert_same(trained(recomputed(keep), forward=around), trained(net(), forward=around))
+    assert same(trained(recomputed(keep), forward=around), trained(net(), forward=around))
 
 
 def test_around_a_checkpoint_of_torch() -> None:
@@ -84,7 +82,7 @@ def test_around_a_checkpoint_of_torch() -> None:
         first = wrap(lambda x: checkpoint(model[0], x, use_reentrant=False).sin())
         return trained(model, forward=lambda m, x: m[1](first(x)))
 
-    assert_same(program(recompute), program(lambda f: f))
+    assert same(program(recompute), program(lambda f: f))
 
 
 def test_around_a_selective_checkpoint_of_torch() -> None:
@@ -96,7 +94,7 @@ def test_around_a_selective_checkpoint_of_torch() -> None:
         first = wrap(lambda x: checkpoint(model[0], x, use_reentrant=False, context_fn=contexts).sin())
         return trained(model, forward=lambda m, x: m[1](first(x)))
 
-    assert_same(program(recompute), program(lambda f: f))
+    assert same(program(recompute), program(lambda f: f))
 
 
 def test_a_reentrant_checkpoint_inside() -> None:
@@ -105,7 +103,7 @@ def test_a_reentrant_checkpoint_inside() -> None:
         first = wrap(lambda x: checkpoint(model[0], x.requires_grad_(), use_reentrant=True).sin())
         return trained(model, forward=lambda m, x: m[1](first(x)))
 
-    assert_same(program(recompute), program(lambda f: f))
+    assert same(program(recompute), program(lambda f: f))
 
 
 # -- hooks of saved tensors ------------------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ def test_inside_of_save_on_cpu() -> None:
         with torch.autograd.graph.save_on_cpu():
             return model(x)
 
-    assert_same(trained(recomputed("matmul"), forward=around), trained(net()))
+    assert same(trained(recomputed("matmul"), forward=around), trained(net()))
 
 
 def test_around_save_on_cpu() -> None:
@@ -132,7 +130,7 @@ def test_around_save_on_cpu() -> None:
         region = wrap(part)
         return trained(model, forward=lambda m, x: region(x))
 
-    assert_same(program(recompute), program(lambda f: f))
+    assert same(program(recompute), program(lambda f: f))
 
 
 def test_where_hooks_are_disabled_it_is_torch_that_refuses() -> None:
@@ -142,7 +140,7 @@ def test_where_hooks_are_disabled_it_is_torch_that_refuses() -> None:
         pytest.raises(RuntimeError, match="not here"),
     ):
         model(torch.randn(4, 32))
-    assert_same(trained(recomputed()), trained(net()))
+    assert same(trained(recomputed()), trained(net()))
 
 
 # -- compilers -------------------------------------------------------------------------------------------------------
@@ -195,14 +193,14 @@ def test_autocast_around_the_whole_step(dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             return model(x)
 
-    assert_same(trained(recomputed(), forward=around), trained(net(), forward=around))
+    assert same(trained(recomputed(), forward=around), trained(net(), forward=around))
 
 
 def test_a_model_in_bfloat16() -> None:
     def cast(model: nn.Module, x: Tensor) -> Tensor:
         return model(x.bfloat16())
 
-    assert_same(trained(recomputed().bfloat16(), forward=cast), trained(net().bfloat16(), forward=cast))
+    assert same(trained(recomputed().bfloat16(), forward=cast), trained(net().bfloat16(), forward=cast))
 
 
 def test_a_grad_scaler_scales_and_skips_as_it_does() -> None:
@@ -223,7 +221,7 @@ def test_a_grad_scaler_scales_and_skips_as_it_does() -> None:
 
     ours, plain = program(recomputed()), program(net())
     assert ours[2] == 2.0
-    assert_same(ours, plain)
+    assert same(ours, plain)
 
 
 def test_gradients_accumulate_over_microbatches() -> None:
@@ -234,7 +232,7 @@ def test_gradients_accumulate_over_microbatches() -> None:
             loss.backward()
         return [*(p.grad for p in model.parameters()), *model.state_dict().values()]
 
-    assert_same(program(recomputed()), program(net()))
+    assert same(program(recomputed()), program(net()))
 
 
 def test_the_optimizer_steps_in_backward() -> None:
@@ -253,7 +251,7 @@ def test_the_optimizer_steps_in_backward() -> None:
             handle.remove()
         return list(model.state_dict().values())
 
-    assert_same(program(recomputed()), program(net()))
+    assert same(program(recomputed()), program(net()))
 
 
 def test_parameters_of_functional_call_are_those_that_get_the_gradient() -> None:
@@ -266,7 +264,7 @@ def test_parameters_of_functional_call_are_those_that_get_the_gradient() -> None
             out += torch.autograd.grad(loss, list(params.values()))
         return out
 
-    assert_same(program(recomputed()), program(net()))
+    assert same(program(recomputed()), program(net()))
 
 
 # -- transforms ------------------------------------------------------------------------------------------------------
@@ -309,7 +307,7 @@ def test_frozen_layers_get_no_gradient_and_the_rest_the_plain_one() -> None:
         with gradctl.freeze(model, "0.*"):
             return trained(model)
 
-    assert_same(program(recomputed()), program(net()))
+    assert same(program(recomputed()), program(net()))
 
 
 def test_a_norm_layer_that_freezing_keeps_still_stands_still() -> None:
@@ -317,7 +315,7 @@ def test_a_norm_layer_that_freezing_keeps_still_stands_still() -> None:
     with gradctl.freeze(model, "0.*"):
         before = [b.clone() for b in model[0].buffers()]
         model(torch.randn(64, 32)).sum().backward()
-        assert_same(list(model[0].buffers()), before)
+        assert same(list(model[0].buffers()), before)
 
 
 def test_changed_gradients_inside_of_a_region() -> None:
@@ -326,7 +324,7 @@ def test_changed_gradients_inside_of_a_region() -> None:
         region = wrap(lambda x: gradctl.scale(gradctl.reverse(model[0](x)).tanh(), 0.5).sin())
         return trained(model, forward=lambda m, x: m[1](region(x)))
 
-    assert_same(program(recompute), program(lambda f: f))
+    assert same(program(recompute), program(lambda f: f))
 
 
 def test_explain_finds_the_same_in_a_recomputed_model() -> None:
@@ -346,4 +344,4 @@ def test_hessian_products_are_the_plain_ones() -> None:
         first = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         return list(torch.autograd.grad(first, list(model.parameters()), v))
 
-    assert_same(program(recomputed()), program(net()))
+    assert same(program(recomputed()), program(net()))
