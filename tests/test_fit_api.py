@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import gradctl
 from fit_models import MODELS, Training, training
 from gradctl._errors import BudgetTooSmall, PlanMismatch
 from gradctl._fit import Plan, _solve, fit
+from gradctl._recompute import Tape
 
 PREDICTED = 0.03
 """How far the allocator's peak may be from the predicted one, as a share; small models have more odd bytes."""
@@ -180,3 +182,24 @@ def test_a_step_may_prove_its_plan_bitwise() -> None:
     plan = fit(made.model, made, memory=6_500_000, prove_steps=1)
     assert not plan.drops_nothing
     assert "forward" in vars(made.model)
+
+
+def test_nothing_is_noted_while_gradients_are_off(
+    fitted: tuple[Training, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, plan = fitted
+    noted: list[Any] = []
+    run = Tape.run
+    monkeypatch.setattr(Tape, "run", lambda tape, *call: noted.append(call) or run(tape, *call))
+    plan.apply(made.model)
+    try:
+        with gradctl.off():
+            torch.manual_seed(5)
+            found = made.model(*made.inputs)
+    finally:
+        plan.undo()
+    with torch.no_grad():
+        torch.manual_seed(5)
+        plain = made.model(*made.inputs)
+    assert noted == []
+    assert torch.equal(found, plain)

@@ -15,7 +15,7 @@ from torch.nn import Module
 
 from gradctl._errors import UsageError
 from gradctl._fit._levers_head import HeadInPlace
-from gradctl._recompute import Recording, RegionPlan, Tape, Verify, kind_of, outer_hooks
+from gradctl._recompute import Recording, RegionPlan, Tape, Verify, kind_of, outer_hooks, records_graphs
 
 _MISSING: Final = object()
 
@@ -93,7 +93,7 @@ class PlannedForward:
         return call(args, kwargs)
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.is_grad_enabled():
+        if not records_graphs():
             return self._forward(*args, **kwargs)
         plan = self._calls.get(digest_of(args, kwargs)) or next(iter(self._calls.values()))
         tape = (HeadInPlace if self._head else Tape)(plan=plan, verify=self._verify, outer=outer_hooks())

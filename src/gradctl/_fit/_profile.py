@@ -21,7 +21,7 @@ from gradctl._fit._forward import digest_of
 from gradctl._fit._ledger import OPERATION, Entry, Ledger
 from gradctl._fit._levers_head import HeadInPlace
 from gradctl._fit._segments import cutting
-from gradctl._recompute import Operation, Recording, Tape, Version, outer_hooks
+from gradctl._recompute import Operation, Recording, Tape, Version, outer_hooks, records_graphs
 
 AGAIN = "again"
 """What a storage was made for, if it was made in backward, instead of one that was dropped."""
@@ -282,7 +282,7 @@ def profiling(
     forward = model.forward
 
     def taped(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not records_graphs():
             return forward(*args, **kwargs)
         call = Call(len(seen.calls), digest_of(args, kwargs))
         tape = _ProfilingHead(call, ledger) if head else _ProfilingTape(call, ledger)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from gradctl._recompute._api import Recomputed, kind_of, recompute
 from gradctl._recompute._notes import Keep, Made, Operation, RegionPlan, Version
-from gradctl._recompute._region import run
+from gradctl._recompute._region import records_graphs, run
 from gradctl._recompute._storage import Codec, Verify, dispatches
 from gradctl._recompute._tape import Recording, Tape, outer_hooks
 
@@ -27,5 +27,6 @@ __all__ = [
     "kind_of",
     "outer_hooks",
     "recompute",
+    "records_graphs",
     "run",
 ]
