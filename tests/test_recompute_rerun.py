@@ -253,6 +253,20 @@ def test_regions_nest_three_deep() -> None:
     assert all(map(torch.equal, *found))
 
 
+def test_a_new_tensor_at_the_address_of_an_argument_that_is_gone_is_not_taken_for_it() -> None:
+    weights = [nn.Parameter(torch.randn(8, 8) / 3) for _ in range(2)]
+    inner = recompute(lambda x: F.dropout((x @ weights[0]).tanh(), 0.3), engine="rerun")
+    outer = recompute(lambda x: inner((inner(x) @ weights[1]).sin()).exp(), engine="rerun")
+    odd: list[Tensor] = []
+    for seed in range(300):
+        odd = [torch.empty(seed % 37 + 1), *odd[:20]]  # so that addresses come round again
+        found = []
+        for region in (outer, lambda x: outer.function(x)):
+            torch.manual_seed(seed)
+            found.append(torch.autograd.grad(region(torch.ones(4, 8)).sum(), weights))
+        assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("outer", ["tape", "rerun"])
 def test_a_region_of_one_engine_stands_in_one_of_the_other(outer: Any) -> None:
     weight = nn.Parameter(torch.randn(8, 8) / 3)

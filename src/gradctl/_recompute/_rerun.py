@@ -137,8 +137,9 @@ class _Run:
                 if tensor.nbytes <= LARGEST_COPY or moving is None or id(tensor) in moving or id(tensor) in reach.quiet
             ],
         )
-        self.outside = {t.untyped_storage()._cdata for t in (*reach.params, *reach.tensors)}
-        self.outside |= {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        # Addresses, good while the storages live: those in reach are held, an argument may be gone when it is run again.
+        self.lasting = {t.untyped_storage()._cdata for t in (*reach.params, *reach.tensors)}
+        self.outside = self.lasting | {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         self.after: list[int] = []
 
     def _held(self, value: Any, reach: Reach) -> Any:
@@ -258,7 +259,7 @@ class _Run:
                 before.put()
                 args = _given(self.args)
                 kwargs = _given(self.kwargs)
-                collector.outside = self.outside | {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+                collector.outside = self.lasting | {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
                 with torch.enable_grad(), _hooks(collector.pack, collector.unpack):
                     self.owner.function(*args, **kwargs)
         except _Enough:
