@@ -137,7 +137,7 @@ class _Run:
                 if tensor.nbytes <= LARGEST_COPY or moving is None or id(tensor) in moving or id(tensor) in reach.quiet
             ],
         )
-        # Addresses, good while the storages live: those in reach are held, an argument may be gone when it is run again.
+        # Addresses, good while the storages live: what is in reach is held, an argument may be gone in the second run.
         self.lasting = {t.untyped_storage()._cdata for t in (*reach.params, *reach.tensors)}
         self.outside = self.lasting | {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         self.after: list[int] = []
